@@ -1,0 +1,5 @@
+//go:build !race
+
+package maptest
+
+const raceEnabled = false
