@@ -1,0 +1,106 @@
+package backend
+
+import (
+	"io"
+	"io/fs"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// iovMax is IOV_MAX of Linux (UIO_MAXIOV): more buffers in one call are EINVAL.
+const iovMax = 1024
+
+// vector is one preadv or pwritev. It is pooled together with its closure,
+// so that a request does not allocate.
+type vector struct {
+	bufs  [][]byte
+	off   int64
+	write bool
+	n     int
+	err   error
+	call  func(fd uintptr)
+}
+
+var vectors = sync.Pool{New: func() any {
+	v := &vector{}
+	v.call = func(fd uintptr) {
+		for {
+			if v.write {
+				v.n, v.err = unix.Pwritev(int(fd), v.bufs, v.off)
+			} else {
+				v.n, v.err = unix.Preadv(int(fd), v.bufs, v.off)
+			}
+			if v.err != unix.EINTR {
+				return
+			}
+		}
+	}
+	return v
+}}
+
+// ReadvAt is File.
+func (o *osFile) ReadvAt(bufs [][]byte, off int64) (int, error) {
+	switch {
+	case o.direct != nil:
+		return o.directReadvAt(bufs, off)
+	case len(bufs) == 1:
+		return o.ReadAt(bufs[0], off)
+	}
+	return o.vectored(bufs, off, false)
+}
+
+// WritevAt is File.
+func (o *osFile) WritevAt(bufs [][]byte, off int64) (int, error) {
+	switch {
+	case o.direct != nil:
+		return o.directWritevAt(bufs, off)
+	case len(bufs) == 1:
+		return o.WriteAt(bufs[0], off)
+	}
+	return o.vectored(bufs, off, true)
+}
+
+// vectored runs calls of at most iovMax buffers until everything is done.
+func (o *osFile) vectored(bufs [][]byte, off int64, write bool) (done int, err error) {
+	op := "readv"
+	if write {
+		op = "writev"
+	}
+	if off < 0 {
+		return 0, pathErr(op, o.name, unix.EINVAL)
+	}
+	v := vectors.Get().(*vector)
+	defer func() {
+		clear(v.bufs) // keep no reference to the caller's memory
+		v.bufs = v.bufs[:0]
+		vectors.Put(v)
+	}()
+	skip := 0 // bytes of bufs[0] that are done
+	for {
+		for len(bufs) > 0 && skip >= len(bufs[0]) {
+			skip -= len(bufs[0])
+			bufs = bufs[1:]
+		}
+		if len(bufs) == 0 {
+			return done, nil
+		}
+		v.bufs = append(v.bufs[:0], bufs[:min(len(bufs), iovMax)]...)
+		v.bufs[0] = v.bufs[0][skip:]
+		v.off, v.write = off, write
+		if cerr := o.raw.Control(v.call); cerr != nil {
+			return done, pathErr(op, o.name, fs.ErrClosed)
+		}
+		switch {
+		case v.err != nil:
+			return done, pathErr(op, o.name, v.err)
+		case v.n <= 0 && write:
+			return done, pathErr(op, o.name, io.ErrShortWrite)
+		case v.n <= 0:
+			return done, io.EOF
+		}
+		done += v.n
+		off += int64(v.n)
+		skip += v.n
+	}
+}
