@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"sync/atomic"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
@@ -28,6 +29,11 @@ type Image struct {
 	l1Off     int64
 	l1Entries int64
 	snapshot  string // id of the selected snapshot, "" for the active state
+
+	// The lengths of f and data when last looked at. A file that has grown
+	// since is noticed when an entry points behind its end; whoever shrinks
+	// one lowers the number first.
+	imageEnd, dataEnd atomic.Int64
 
 	cache   *layers.Cache
 	l1Pages layers.Owner // key: page number, 512 entries each
@@ -116,6 +122,12 @@ func (img *Image) open(ctx context.Context) error {
 	if err := img.openDataFile(); err != nil {
 		return err
 	}
+	for _, f := range []backend.File{img.f, img.data} {
+		if _, err := f.Size(); err != nil {
+			return img.errorf(-1, "", nil, err)
+		}
+		img.refreshEnd(f)
+	}
 	if img.o.Snapshot != "" {
 		if img.o.Writable {
 			return img.errorf(-1, "snapshot", img.o.Snapshot, fmt.Errorf("%w: writing to an internal snapshot", layers.ErrUnsupported))
@@ -178,4 +190,19 @@ func (img *Image) located(err error) error {
 // inFile reports whether [off, off+n) can be a range of a file at all.
 func inFile(off uint64, n uint64) bool {
 	return off <= math.MaxInt64 && n <= math.MaxInt64-off
+}
+
+// refreshEnd looks how long a file of the image is now.
+func (img *Image) refreshEnd(f backend.File) int64 {
+	n, err := f.Size()
+	if err != nil {
+		n = 0 // nothing lies inside a file that cannot be looked at
+	}
+	if f == img.f {
+		img.imageEnd.Store(n)
+	}
+	if f == img.data {
+		img.dataEnd.Store(n)
+	}
+	return n
 }

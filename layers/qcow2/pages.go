@@ -96,12 +96,13 @@ type geometry struct {
 	subBits     uint  // log2 of the subcluster size; clusterBits without extended entries
 	extended    bool
 	zeroFlag    bool // L2 entries may carry entryZero
+	external    bool // guest data lies in an external data file
 }
 
 func newGeometry(h *Header) geometry {
 	g := geometry{clusterBits: uint(h.ClusterBits), clusterSize: h.ClusterSize(), entryBytes: 8}
 	g.l2Bits, g.subBits = g.clusterBits-3, g.clusterBits
-	g.zeroFlag = h.Version >= 3
+	g.zeroFlag, g.external = h.Version >= 3, h.HasDataFile()
 	if h.ExtendedL2() {
 		g.extended, g.zeroFlag = true, false
 		g.entryBytes, g.l2Bits, g.subBits = 16, g.clusterBits-4, g.clusterBits-5
