@@ -1,0 +1,156 @@
+package ploop
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+
+	"github.com/beevik/etree"
+	"github.com/google/renameio/v2"
+
+	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/layers"
+)
+
+// RootName is the file of the base image that ploop and CreateBundle make.
+const RootName = "root.hds"
+
+// NewDescriptor describes a fresh bundle: one ploop image in file, for a disk
+// of size bytes in clusters of cluster bytes.
+func NewDescriptor(size, cluster int64, file string) (*Descriptor, error) {
+	doc := etree.NewDocument()
+	doc.CreateProcInst("xml", `version="1.0"`)
+	root := doc.CreateElement("Parallels_disk_image")
+	add := func(e *etree.Element, pairs ...string) {
+		for k := 0; k < len(pairs); k += 2 {
+			e.CreateElement(pairs[k]).SetText(pairs[k+1])
+		}
+	}
+	n := strconv.FormatInt(size/sectorSize, 10)
+	add(root.CreateElement("Disk_Parameters"), "Disk_size", n,
+		"Cylinders", strconv.FormatInt(size/sectorSize/(16*32), 10), "Heads", "16", "Sectors", "32", "Padding", "0")
+	storage := root.CreateElement("StorageData").CreateElement("Storage")
+	add(storage, "Start", "0", "End", n, "Blocksize", strconv.FormatInt(cluster/sectorSize, 10))
+	add(storage.CreateElement("Image"), "GUID", defaultTop, "Type", "Compressed", "File", file)
+	snapshots := root.CreateElement("Snapshots")
+	add(snapshots, "TopGUID", defaultTop)
+	add(snapshots.CreateElement("Shot"), "GUID", defaultTop, "ParentGUID", noParent)
+	doc.Indent(2)
+	b, err := doc.WriteToBytes()
+	if err != nil {
+		return nil, err
+	}
+	return ParseDescriptor(b)
+}
+
+// Marshal returns the document, with every node that it was read with.
+func (d *Descriptor) Marshal() ([]byte, error) { return d.doc.WriteToBytes() }
+
+// Store replaces the file at name by the document: after a crash it is the old
+// one or the new one, and after a return without error the new one for good.
+func (d *Descriptor) Store(name string) error {
+	b, err := d.Marshal()
+	if err != nil {
+		return err
+	}
+	if err := renameio.WriteFile(name, b, 0o644); err != nil {
+		return err
+	}
+	return syncDir(filepath.Dir(name))
+}
+
+// syncDir makes the names in dir durable.
+func syncDir(dir string) error {
+	f, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// CreateBundle makes a bundle of one empty image in the existing directory
+// dir, which must not have one yet.
+func CreateBundle(ctx context.Context, dir string, o CreateOptions) (err error) {
+	name := filepath.Join(dir, DescriptorName)
+	if _, err := os.Lstat(name); !errors.Is(err, os.ErrNotExist) {
+		return errors.Join(fmt.Errorf("%s: %w", name, os.ErrExist), err)
+	}
+	o = o.defaults()
+	d, err := NewDescriptor(o.Size, o.ClusterSize, RootName)
+	if err != nil {
+		return err
+	}
+	root := filepath.Join(dir, RootName)
+	f, err := backend.Open(root, backend.Options{Writable: true, Create: true, Exclusive: true})
+	if err != nil {
+		return err
+	}
+	err = errors.Join(Create(ctx, f, o), f.Close())
+	if err == nil {
+		err = d.Store(name)
+	}
+	if err != nil {
+		return errors.Join(err, os.Remove(root))
+	}
+	return nil
+}
+
+// CreateOptions say what Create makes.
+type CreateOptions struct {
+	Size        int64 // of the disk in bytes, a multiple of 512, at most MaxSize (version 1: 2 TiB less one sector)
+	ClusterSize int64 // in bytes, a power of two from MinCluster to MaxCluster; 0 is DefaultCluster
+	Version     int   // 1 or 2; 0 is 2
+}
+
+func (o CreateOptions) defaults() CreateOptions {
+	if o.ClusterSize == 0 {
+		o.ClusterSize = DefaultCluster
+	}
+	if o.Version == 0 {
+		o.Version = 2
+	}
+	return o
+}
+
+// Create makes f an empty image that reads as zeros. The header and BAT area
+// is really written, as the old tools demand: 4 bytes for each cluster.
+//
+// ploop itself makes only disks of whole clusters, and its snapshot and grow
+// commands and the old kernel driver expect that; others are valid images
+// otherwise.
+func Create(_ context.Context, f backend.File, o CreateOptions) error {
+	o = o.defaults()
+	bad := func(what string, value any) error {
+		return fmt.Errorf("%s: create: %w: %s %v", f.Name(), layers.ErrUnsupported, what, value)
+	}
+	limit := int64(MaxSize)
+	if o.Version == 1 {
+		limit = maxSizeV1
+	}
+	switch {
+	case o.Version != 1 && o.Version != 2:
+		return bad("version", o.Version)
+	case o.ClusterSize < MinCluster || o.ClusterSize > MaxCluster || o.ClusterSize&(o.ClusterSize-1) != 0:
+		return bad("cluster size", o.ClusterSize)
+	case o.Size < 0 || o.Size%sectorSize != 0 || o.Size > limit:
+		return bad("size", o.Size)
+	}
+	h := newHeader(o.Version, o.ClusterSize, o.Size)
+	if err := f.Truncate(0); err != nil {
+		return err
+	}
+	if err := backend.WriteZeros(f, 0, h.firstData); err != nil {
+		return err
+	}
+	// The signature comes last: a file that was cut off is no image.
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	if _, err := f.WriteAt(h.raw[:], 0); err != nil {
+		return err
+	}
+	return f.Sync()
+}
