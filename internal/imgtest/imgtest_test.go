@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 func TestPatternPartsAgree(t *testing.T) {
@@ -92,6 +94,9 @@ func TestPloopBundle(t *testing.T) {
 		t.Run(mode, func(t *testing.T) {
 			dir := t.TempDir()
 			images := PloopBundle(t, dir, mode, 2, 32<<20, 3)
+			if d := cmp.Diff(images, PloopChain(t, filepath.Join(dir, "DiskDescriptor.xml"))); d != "" {
+				t.Errorf("PloopChain (-made +listed):\n%s", d)
+			}
 			for i, im := range images {
 				if im.Format == "parallels" {
 					QemuIO(t, "", Chain(images[i:]...), fmt.Sprintf("write -P %d %dM 1M", 1+i, 2+i))

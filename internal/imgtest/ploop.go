@@ -1,6 +1,7 @@
 package imgtest
 
 import (
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -102,4 +103,51 @@ func PloopBundle(t testing.TB, dir, mode string, version int, size int64, deltas
 		}
 	}
 	return images
+}
+
+// PloopChain is the chain of a bundle's current top as ploop's own tool sees
+// it, top first. Formats are told by signature: with a raw base ploop calls
+// every image of the bundle Plain.
+func PloopChain(t testing.TB, xml string) []Image {
+	t.Helper()
+	type shot struct{ parent, file string }
+	shots, top := map[string]shot{}, ""
+	for line := range strings.Lines(PloopRun(t, "snapshot-list", "-H", "-o", "parent_uuid,uuid,current,fname", xml)) {
+		f := strings.Fields(line)
+		switch {
+		case len(f) == 3:
+			shots[f[1]] = shot{f[0], f[2]}
+		case len(f) == 4 && f[2] == "*":
+			shots[f[1]] = shot{f[0], f[3]}
+			top = f[1]
+		default:
+			t.Fatalf("ploop snapshot-list: cannot read %q", line)
+		}
+	}
+	var images []Image
+	for id := top; shots[id].file != ""; id = shots[id].parent {
+		images = append(images, Image{shots[id].file, signatureFormat(t, shots[id].file)})
+		if len(images) > len(shots) {
+			t.Fatalf("ploop snapshot-list: a loop of parents in %s", xml)
+		}
+	}
+	return images
+}
+
+func signatureFormat(t testing.TB, path string) string {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = f.Close() }() // read only
+	var sig [16]byte
+	if _, err := io.ReadFull(f, sig[:]); err != nil {
+		t.Fatal(err)
+	}
+	switch string(sig[:]) {
+	case "WithoutFreeSpace", "WithouFreSpacExt":
+		return "parallels"
+	}
+	return "raw"
 }
