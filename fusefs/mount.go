@@ -1,0 +1,207 @@
+package fusefs
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// Type is the filesystem type under which mounts appear (fuse.mount-image in
+// /proc/self/mountinfo).
+const Type = "mount-image"
+
+// maxRequest is the largest read or write, in bytes, that the kernel sends.
+const maxRequest = 1 << 20
+
+// readAhead is how far the kernel reads ahead of a sequential buffered reader,
+// when the rights suffice to set more than its 128 KiB.
+const readAhead = 4 << 20
+
+// MountOptions of Mount.
+type MountOptions struct {
+	Source     string   // shown as the device in the table of mounts
+	AllowOther bool     // processes of other users may use the mount; permissions are always checked
+	Flags      []string // nodev, dev, nosuid, suid, noexec, exec, noatime, sync, … passed to the kernel
+	Debug      bool     // log every request
+	Log        *log.Logger
+}
+
+// Server is a mounted FS.
+type Server struct {
+	fs   *FS
+	srv  *fuse.Server
+	dir  string
+	done chan struct{}
+}
+
+// Mount mounts fs on dir, as root by itself, otherwise through fusermount3,
+// and serves it in the background until it is unmounted. The mount answers
+// when Mount returns.
+func Mount(dir string, fs *FS, o MountOptions) (*Server, error) {
+	dir, err := filepath.Abs(dir)
+	if err != nil {
+		return nil, err
+	}
+	if o.Log == nil {
+		o.Log = log.New(io.Discard, "", 0)
+	}
+	opts := &fuse.MountOptions{
+		AllowOther:    o.AllowOther,
+		FsName:        o.Source,
+		Name:          Type,
+		MaxWrite:      maxRequest,
+		MaxBackground: 64,
+		// Each part of a large direct I/O goes out at once, not one after
+		// the other.
+		ExtraCapabilities: fuse.CAP_ASYNC_DIO,
+		// A reply of 1 MiB does not fit a pipe, and small ones do not gain.
+		DisableSplice:      true,
+		DisableReadDirPlus: true,
+		// Only changes through this mount change the disk, so a new mtime
+		// is no reason to drop pages.
+		ExplicitDataCacheControl: true,
+		Debug:                    o.Debug,
+		Logger:                   o.Log,
+	}
+	// The kernel checks permissions by owner and mode.
+	opts.Options = []string{"default_permissions"}
+	if os.Geteuid() == 0 {
+		opts.DirectMountStrict = true
+		opts.DirectMountFlags = unix.MS_NOSUID | unix.MS_NODEV
+		if !fs.writable {
+			opts.DirectMountFlags |= unix.MS_RDONLY
+		}
+		for _, name := range o.Flags {
+			f, ok := kernelFlags[name]
+			if !ok {
+				return nil, fmt.Errorf("mount option %q: %w", name, unix.EINVAL)
+			}
+			opts.DirectMountFlags = opts.DirectMountFlags&^f.clear | f.set
+		}
+	} else {
+		if !fs.writable {
+			opts.Options = append(opts.Options, "ro")
+		}
+		opts.Options = append(opts.Options, o.Flags...)
+	}
+	srv, err := fuse.NewServer(fs, dir, opts)
+	if err != nil {
+		return nil, fmt.Errorf("mounting on %s: %w", dir, err)
+	}
+	s := &Server{fs: fs, srv: srv, dir: dir, done: make(chan struct{})}
+	go func() {
+		srv.Serve()
+		close(s.done)
+	}()
+	if err := srv.WaitMount(); err != nil {
+		return nil, errors.Join(fmt.Errorf("mounting on %s: %w", dir, err), s.Detach())
+	}
+	s.setReadAhead()
+	return s, nil
+}
+
+// kernelFlags are the mount options that are bits of mount(2).
+var kernelFlags = map[string]struct{ set, clear uintptr }{
+	"nodev":         {set: unix.MS_NODEV},
+	"dev":           {clear: unix.MS_NODEV},
+	"nosuid":        {set: unix.MS_NOSUID},
+	"suid":          {clear: unix.MS_NOSUID},
+	"noexec":        {set: unix.MS_NOEXEC},
+	"exec":          {clear: unix.MS_NOEXEC},
+	"noatime":       {set: unix.MS_NOATIME},
+	"atime":         {clear: unix.MS_NOATIME},
+	"relatime":      {set: unix.MS_RELATIME},
+	"norelatime":    {clear: unix.MS_RELATIME},
+	"strictatime":   {set: unix.MS_STRICTATIME},
+	"nostrictatime": {clear: unix.MS_STRICTATIME},
+	"nodiratime":    {set: unix.MS_NODIRATIME},
+	"diratime":      {clear: unix.MS_NODIRATIME},
+	"sync":          {set: unix.MS_SYNCHRONOUS},
+	"async":         {clear: unix.MS_SYNCHRONOUS},
+	"dirsync":       {set: unix.MS_DIRSYNC},
+}
+
+// setReadAhead raises the readahead of buffered readers where we may.
+func (s *Server) setReadAhead() {
+	if os.Geteuid() != 0 {
+		return
+	}
+	var st unix.Stat_t
+	if unix.Stat(s.dir, &st) != nil {
+		return
+	}
+	path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))
+	// Best effort: without it the kernel's default holds.
+	_ = os.WriteFile(path, fmt.Appendf(nil, "%d", readAhead>>10), 0)
+}
+
+// Dir is the absolute path of the mount point.
+func (s *Server) Dir() string { return s.dir }
+
+// Done is closed when the mount is gone and all requests are answered.
+func (s *Server) Done() <-chan struct{} { return s.done }
+
+// Unmount unmounts and waits until all requests are answered. A mount that is
+// in use gives EBUSY.
+func (s *Server) Unmount() error {
+	if err := Unmount(s.dir, false); err != nil {
+		return err
+	}
+	<-s.done
+	return nil
+}
+
+// Detach takes the mount out of the directory tree even while it is in use;
+// those who use it go on until they close it or the process ends.
+func (s *Server) Detach() error { return Unmount(s.dir, true) }
+
+// Unmount unmounts a FUSE filesystem, as root by itself, otherwise through
+// fusermount3. lazy is MNT_DETACH. A mount in use gives an error that wraps
+// EBUSY; so may one that was in use a moment ago, so it is tried for a while.
+func Unmount(dir string, lazy bool) error {
+	var err error
+	for wait := time.Millisecond; wait < 300*time.Millisecond; wait *= 2 {
+		if err = unmountOnce(dir, lazy); !errors.Is(err, unix.EBUSY) {
+			return err
+		}
+		time.Sleep(wait)
+	}
+	return err
+}
+
+func unmountOnce(dir string, lazy bool) error {
+	if os.Geteuid() == 0 {
+		flags := unix.UMOUNT_NOFOLLOW
+		if lazy {
+			flags |= unix.MNT_DETACH
+		}
+		if err := unix.Unmount(dir, flags); err != nil {
+			return fmt.Errorf("unmounting %s: %w", dir, err)
+		}
+		return nil
+	}
+	args := []string{"-u", "--", dir}
+	if lazy {
+		args[0] = "-uz"
+	}
+	cmd := exec.Command("fusermount3", args...)
+	cmd.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := cmd.CombinedOutput()
+	if err == nil {
+		return nil
+	}
+	msg := strings.TrimSpace(string(out))
+	if strings.Contains(msg, "busy") {
+		return fmt.Errorf("%s: %w", msg, unix.EBUSY)
+	}
+	return fmt.Errorf("unmounting %s: %s: %w", dir, msg, err)
+}
