@@ -102,6 +102,15 @@ func (o Owner) Load(index int64, load func() (value any, size int64, err error))
 	return o.get(index, 0, load)
 }
 
+// Put caches a value that was made without the stripe's lock and returns the
+// page; when there is one already, that one stays and is returned. It suits
+// values that never change, so that it does not matter who made them, and
+// whose making uses the Cache itself.
+func (o Owner) Put(index int64, value any, size int64) *Page {
+	p, _ := o.get(index, 0, func() (any, int64, error) { return value, size, nil })
+	return p
+}
+
 // Pin is Load, and the page stays cached until as many calls of Unpin.
 func (o Owner) Pin(index int64, load func() (value any, size int64, err error)) (*Page, error) {
 	return o.get(index, 1, load)

@@ -1,0 +1,104 @@
+package layers
+
+import (
+	"context"
+
+	"github.com/imagestack/imagestack/blockmap"
+)
+
+// spans is a read-only pile of layers whose resolved extents are cached: a
+// region of the disk is resolved through all layers once, and from then on a
+// lookup in it costs the same whatever the depth.
+type spans struct {
+	pile   *blockmap.Overlay
+	base   uint16 // position of the pile's first layer in the stack
+	owner  Owner
+	region int64 // bytes of guest space per cached page, a power of two
+}
+
+// spanRegion bounds of one page: extents are rarely finer than a host block,
+// so a page holds at most about a thousand.
+const (
+	minSpanRegion = 64 << 10
+	maxSpanRegion = 4 << 20
+	spanExtents   = 1024
+)
+
+// extentSize is what one extent of a cached page costs in bytes.
+const extentSize = 40
+
+func newSpans(pile *blockmap.Overlay, base int, cache *Cache) *spans {
+	region := min(max(pile.Granule()*spanExtents, minSpanRegion), maxSpanRegion)
+	return &spans{pile: pile, base: uint16(base), owner: cache.NewOwner(), region: region}
+}
+
+// add gives t the resolved extents from t.Next() up to end at most, as far as
+// one page reaches, and reports whether t takes more.
+//
+// An extent that reaches the end of its page while the range goes on for long
+// behind it may be a hole of a terabyte: it is looked up in the pile whole
+// instead of page by page.
+func (s *spans) add(ctx context.Context, t *blockmap.Tiler, end int64) (bool, error) {
+	from := t.Next()
+	extents, err := s.page(ctx, from/s.region)
+	if err != nil {
+		return false, err
+	}
+	pageEnd := (from/s.region + 1) * s.region
+	for i := firstEndingBehind(extents, from); i < len(extents) && extents[i].Guest < end; i++ {
+		e := extents[i]
+		if e.End() == pageEnd && end-pageEnd >= s.region {
+			return s.addWhole(ctx, t, end)
+		}
+		if !t.Add(e.Clip(t.Next(), end-t.Next())) {
+			return false, nil
+		}
+	}
+	return true, nil
+}
+
+// addWhole gives t the one extent at t.Next(), to its very end.
+func (s *spans) addWhole(ctx context.Context, t *blockmap.Tiler, end int64) (bool, error) {
+	room := extentRoom.Get().(*[roomExtents]blockmap.Extent)
+	defer extentRoom.Put(room)
+	got, err := s.pile.Lookup(ctx, t.Next(), end-t.Next(), room[:0:1])
+	if err != nil {
+		return false, err
+	}
+	e := got[0]
+	e.Layer += s.base
+	return t.Add(e), nil
+}
+
+// page is the resolved region with that number.
+func (s *spans) page(ctx context.Context, index int64) ([]blockmap.Extent, error) {
+	page := s.owner.Get(index)
+	if page == nil {
+		// Resolving uses the same cache for the tables of the layers, hence
+		// Put; the layers do not change, so two that resolve the same region
+		// find the same.
+		found, err := s.pile.Resolve(ctx, index*s.region, s.region, nil)
+		if err != nil {
+			return nil, err
+		}
+		for i := range found {
+			found[i].Layer += s.base
+		}
+		page = s.owner.Put(index, found, int64(cap(found))*extentSize)
+	}
+	return page.Value.([]blockmap.Extent), nil
+}
+
+// firstEndingBehind is the index of the first extent that ends behind guest.
+func firstEndingBehind(extents []blockmap.Extent, guest int64) int {
+	lo, hi := 0, len(extents)
+	for lo < hi {
+		mid := int(uint(lo+hi) >> 1)
+		if extents[mid].End() > guest {
+			hi = mid
+		} else {
+			lo = mid + 1
+		}
+	}
+	return lo
+}
