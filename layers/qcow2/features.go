@@ -67,15 +67,9 @@ func (h *Header) checkFeatures(writable bool) error {
 // checkTables checks the places and sizes of the tables in the header. That
 // they lie inside the file is checked when they are read.
 func (h *Header) checkTables(g *geometry) error {
-	if h.Size > 1<<63-1 {
-		return fieldError(offSize, "size", h.Size, layers.ErrFormat)
-	}
-	need := h.Size >> (g.clusterBits + g.l2Bits)
-	if h.Size&uint64(g.l2Span-1) != 0 {
-		need++
-	}
+	need, ok := g.l1Need(h.Size)
 	switch {
-	case need*8 > maxL1Bytes:
+	case !ok:
 		return fieldError(offSize, "size", h.Size, fmt.Errorf("%w: too large for its cluster size", layers.ErrFormat))
 	case uint64(h.L1Size)*8 > maxL1Bytes:
 		return fieldError(offL1Size, "l1_size", h.L1Size, fmt.Errorf("%w: the L1 table is too large", layers.ErrFormat))
@@ -100,4 +94,14 @@ func (h *Header) checkTables(g *geometry) error {
 // boundary and within the range of file offsets.
 func (g *geometry) tableAt(off, n uint64) bool {
 	return off&uint64(g.clusterSize-1) == 0 && inFile(off, n)
+}
+
+// l1Need is the number of L1 entries that a disk of size bytes needs; it
+// reports false when no L1 table can be that large.
+func (g *geometry) l1Need(size uint64) (uint64, bool) {
+	need := size >> (g.clusterBits + g.l2Bits)
+	if size&uint64(g.l2Span-1) != 0 {
+		need++
+	}
+	return need, size < 1<<63 && need*8 <= maxL1Bytes
 }

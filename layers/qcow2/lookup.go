@@ -60,16 +60,16 @@ func (img *Image) lookupL1(t *blockmap.Tiler, pos, end int64) error {
 		t.Add(blockmap.Extent{Guest: pos, Len: stop - pos, Kind: blockmap.Unmapped})
 		return nil
 	}
-	table, err := img.checkL1(index, entry)
+	table, err := img.checkL1(img.l1Off+index*8, entry)
 	if err != nil {
 		return err
 	}
 	return img.lookupL2(t, table, pos, end)
 }
 
-// checkL1 validates an L1 entry that is not empty and returns the offset of
-// its L2 table.
-func (img *Image) checkL1(index int64, entry uint64) (int64, error) {
+// checkL1 validates an L1 entry that is not empty, found at offset at, and
+// returns the offset of its L2 table.
+func (img *Image) checkL1(at int64, entry uint64) (int64, error) {
 	off, bad := img.l1Target(entry)
 	switch {
 	case bad != "":
@@ -81,7 +81,7 @@ func (img *Image) checkL1(index int64, entry uint64) (int64, error) {
 		bad = "the L2 table lies behind the end of the file"
 	}
 	if bad != "" {
-		return 0, img.corrupt(img.l1Off+index*8, "L1 entry", entry, bad)
+		return 0, img.corrupt(at, "L1 entry", entry, bad)
 	}
 	return int64(off), nil
 }

@@ -1,0 +1,136 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+	"math/bits"
+	"strconv"
+
+	"github.com/imagestack/imagestack/layers"
+)
+
+// Describe implements layers.Layer. It reads the whole map.
+func (img *Image) Describe(ctx context.Context) (layers.Info, error) {
+	h := &img.hdr
+	info := layers.Info{
+		Path:        img.o.Path,
+		Format:      "qcow2",
+		Version:     int(h.Version),
+		VirtualSize: img.size,
+		ClusterSize: img.clusterSize,
+		DataFile:    h.DataFile(),
+		Flags:       img.flags(),
+		Details:     img.details(),
+	}
+	p := img.Parent()
+	info.Backing, info.BackingFormat = p.Name, p.Format
+	var err error
+	if info.FileSize, err = img.f.Size(); err != nil {
+		return info, img.errorf(-1, "", nil, err)
+	}
+	if info.AllocatedSize, err = img.f.Allocated(); err != nil {
+		return info, img.errorf(-1, "", nil, err)
+	}
+	if err := img.countClusters(ctx, &info); err != nil {
+		return info, err
+	}
+	if h.NbSnapshots > 0 {
+		_, err := img.eachSnapshot(ctx, func(s *snapshotEntry) error {
+			info.Snapshots = append(info.Snapshots, layers.Snapshot{
+				ID: s.id, Name: s.name, VirtualSize: int64(s.diskSize), VMStateSize: int64(s.vmState),
+				Time: int64(s.sec), Current: img.snapshot != "" && s.id == img.snapshot,
+			})
+			return nil
+		})
+		if err != nil {
+			return info, err
+		}
+	}
+	if img.bitmapsValid() {
+		err := img.eachBitmap(ctx, func(b *bitmapEntry) error {
+			info.Bitmaps = append(info.Bitmaps, layers.Bitmap{Name: b.name, Granularity: 1 << b.granularity, Flags: b.flagNames()})
+			return nil
+		})
+		if err != nil {
+			return info, err
+		}
+	}
+	return info, nil
+}
+
+// countClusters counts the guest clusters of the disk by what is recorded.
+func (img *Image) countClusters(ctx context.Context, info *layers.Info) error {
+	return img.eachL1(ctx, func(i, at int64, entry uint64) error {
+		if entry&^entryCopied == 0 || img.size == 0 || i > img.l1Index(img.size-1) {
+			return nil
+		}
+		table, err := img.checkL1(at, entry)
+		if err != nil {
+			return err
+		}
+		return img.eachL2(ctx, table, i*img.l2Span, func(guest int64, e *l2Entry) error {
+			switch {
+			case guest >= img.size: // VM state
+			case e.mapped():
+				info.UsedClusters++
+				if e.isPacked {
+					info.PackedClusters++
+				}
+			case e.zero != 0:
+				info.ZeroClusters++
+			}
+			return nil
+		})
+	})
+}
+
+// flags are the feature bits that are set, by QEMU's names where it has some.
+func (img *Image) flags() []string {
+	h := &img.hdr
+	var flags []string
+	add := func(set bool, name string) {
+		if set {
+			flags = append(flags, name)
+		}
+	}
+	add(h.Dirty(), "dirty")
+	add(h.Corrupt(), "corrupt")
+	add(h.LazyRefs(), "lazy-refcounts")
+	add(h.ExtendedL2(), "extended-l2")
+	add(h.HasDataFile(), "external-data-file")
+	add(h.HasDataFile() && h.RawDataFile(), "data-file-raw")
+	add(h.extension(extBitmaps) != nil && !img.bitmapsValid(), "bitmaps-stale")
+	h.unknownBits(1, "compatible", h.Compatible&^compatLazyRefcounts, add)
+	h.unknownBits(2, "autoclear", h.Autoclear&^autoclearKnown, add)
+	return flags
+}
+
+// unknownBits adds the bits of a feature bitmap that this package does not
+// know, by the name that the image has for them or by number.
+func (h *Header) unknownBits(bitmap uint8, which string, set uint64, add func(bool, string)) {
+	for ; set != 0; set &= set - 1 {
+		bit := uint8(bits.TrailingZeros64(set))
+		name := h.featureName(bitmap, bit)
+		if name == "" {
+			name = fmt.Sprintf("%s-bit-%d", which, bit)
+		}
+		add(true, name)
+	}
+}
+
+// details use the keys of qemu-img's format-specific information.
+func (img *Image) details() map[string]string {
+	h := &img.hdr
+	compat := "1.1"
+	if h.Version == 2 {
+		compat = "0.10"
+	}
+	return map[string]string{
+		"compat":           compat,
+		"compression-type": h.Compression().String(),
+		"lazy-refcounts":   strconv.FormatBool(h.LazyRefs()),
+		"refcount-bits":    strconv.Itoa(1 << h.RefcountOrder),
+		"corrupt":          strconv.FormatBool(h.Corrupt()),
+		"extended-l2":      strconv.FormatBool(h.ExtendedL2()),
+	}
+}
