@@ -22,8 +22,8 @@ type impl struct {
 	grain int64
 }
 
-func must[T any](v T, err error) func(t testing.TB) T {
-	return func(t testing.TB) T {
+func must[T any](v T, err error) func(t tb) T {
+	return func(t tb) T {
 		t.Helper()
 		if err != nil {
 			t.Fatal(err)
@@ -77,7 +77,7 @@ func pattern(n int, seed byte) []byte {
 	return p
 }
 
-func content(t testing.TB, f File) []byte {
+func content(t tb, f File) []byte {
 	t.Helper()
 	size := must(f.Size())(t)
 	b := make([]byte, size)
@@ -87,28 +87,28 @@ func content(t testing.TB, f File) []byte {
 	return b
 }
 
-func write(t testing.TB, f File, p []byte, off int64) {
+func write(t tb, f File, p []byte, off int64) {
 	t.Helper()
 	if n, err := f.WriteAt(p, off); n != len(p) || err != nil {
 		t.Fatalf("WriteAt(%d bytes, %d) = %d, %v", len(p), off, n, err)
 	}
 }
 
-func ok(t testing.TB, err error) {
+func ok(t tb, err error) {
 	t.Helper()
 	if err != nil {
 		t.Fatal(err)
 	}
 }
 
-func wantErr(t testing.TB, err, class error) {
+func wantErr(t tb, err, class error) {
 	t.Helper()
 	if !errors.Is(err, class) {
 		t.Fatalf("error is %v, want %v", err, class)
 	}
 }
 
-func same(t testing.TB, got, want []byte) {
+func same(t tb, got, want []byte) {
 	t.Helper()
 	if bytes.Equal(got, want) {
 		return
@@ -429,4 +429,12 @@ func TestConcurrent(t *testing.T) {
 		}
 		wg.Wait()
 	})
+}
+
+// tb is what testing.T and rapid.T have in common.
+type tb interface {
+	Helper()
+	Fatal(...any)
+	Fatalf(string, ...any)
+	Errorf(string, ...any)
 }
