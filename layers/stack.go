@@ -23,6 +23,8 @@ type StackOptions struct {
 	// one that the layers were opened with. nil means one of
 	// DefaultCacheSize.
 	Cache *Cache
+	// Closers are closed after the layers (locks that span several files).
+	Closers []io.Closer
 }
 
 // Stack is a pile of layers seen as one disk, as long as its top layer. All
@@ -37,6 +39,7 @@ type Stack struct {
 	top    Editor            // nil when read-only
 	below  lower
 	commit Commit
+	also   []io.Closer
 }
 
 // NewStack piles up layers, the top one first. It takes them over: Close
@@ -49,7 +52,7 @@ func NewStack(pile []Layer, o StackOptions) (*Stack, error) {
 	if cache == nil {
 		cache = NewCache(DefaultCacheSize)
 	}
-	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile))}
+	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile)), also: o.Closers}
 	maps := make([]blockmap.Map, len(pile))
 	for i, l := range pile {
 		maps[i] = l
@@ -346,6 +349,9 @@ func (s *Stack) Close() error {
 	var errs []error
 	for _, l := range s.layers {
 		errs = append(errs, l.Close())
+	}
+	for _, c := range s.also {
+		errs = append(errs, c.Close())
 	}
 	return errors.Join(errs...)
 }
