@@ -387,6 +387,15 @@ func (d *Descriptor) Chain(snapshot string) ([]ImageRef, error) {
 	return chain, nil
 }
 
+// Images lists all images of the bundle, in the order of their snapshots.
+func (d *Descriptor) Images() []ImageRef {
+	out := make([]ImageRef, 0, len(d.shots))
+	for _, s := range d.shots {
+		out = append(out, d.images[s.guid])
+	}
+	return out
+}
+
 // Snapshots lists all states of the bundle, in the order of the document. The
 // current one is among them.
 func (d *Descriptor) Snapshots() []layers.Snapshot {
