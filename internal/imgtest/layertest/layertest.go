@@ -1,0 +1,224 @@
+// Package layertest is the conformance kit of layers.Editor: every format that
+// can be written passes Run, every pile of formats passes RunStacks.
+//
+// Design note. A format gives a Factory: how an image is made in a Dir, opened
+// and checked. The kit knows nothing else about it. What an editor promises is
+// checked against three judges:
+//
+//   - a plain byte array that sees the same changes (model.go, stack.go),
+//   - sets of bytes that are allowed, where the outcome is not determined:
+//     after a power cut (crash.go), a failed operation (fault.go) or a race
+//     (parallel.go) a byte must hold a value that it was given at some time,
+//     and not one older than the last completed Sync,
+//   - single rules (conform.go): arguments, contexts, exact edges, errors.
+//
+// Every check is a function that returns an error, so that the tests of this
+// package can prove two things: a simple reference editor passes them all, and
+// for each promise an editor that breaks it is found out.
+//
+// Randomness comes from rapid in Run, so a failing script is shrunk and can be
+// repeated with the flags rapid prints.
+package layertest
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/imagestack/imagestack/internal/imgtest/maptest"
+	"github.com/imagestack/imagestack/layers"
+)
+
+// Factory is a format under test. All fields without a remark are needed.
+type Factory struct {
+	Name string
+	// Granule is the cluster size of the images made, in bytes.
+	Granule int64
+	// Create makes an empty image of size bytes in dir, durable and closed.
+	// size is a multiple of SizeUnit.
+	Create func(ctx context.Context, dir *Dir, size int64) error
+	// Open opens it: for writing the result is a layers.Editor. The layer
+	// closes what it got from dir.
+	Open func(ctx context.Context, dir *Dir, writable bool) (layers.Layer, error)
+
+	// SizeUnit is what sizes are multiples of (default 512).
+	SizeUnit int64
+	// Opaque is set for formats that never say Unmapped (raw): there is no
+	// layer below them.
+	Opaque bool
+	// KeepsPlace is set for formats that do not give back space on a discard
+	// of whole clusters over zeros (a fully mapped external data file).
+	KeepsPlace bool
+	// Check is the opinion of another program on the files of dir, which lies
+	// on disk (Dir.Path); leaks says whether leaked space is allowed. Optional.
+	Check func(t testing.TB, dir *Dir, leaks bool)
+	// Inspect is a checker that needs no path and no other program (the
+	// project's own fsck); it is asked after every simulated power cut.
+	// Optional.
+	Inspect func(ctx context.Context, dir *Dir) error
+	// Scripts is the number of random scripts of each kind (default 40).
+	Scripts int
+}
+
+func (f Factory) unit() int64 {
+	if f.SizeUnit > 0 {
+		return f.SizeUnit
+	}
+	return 512
+}
+
+// draw picks a number in [lo, hi].
+type draw func(label string, lo, hi int64) int64
+
+// seeded is a draw without rapid.
+func seeded(seed uint64) draw {
+	r := rand.New(rand.NewPCG(seed, 0x6c61796572746573))
+	return func(_ string, lo, hi int64) int64 { return lo + r.Int64N(hi-lo+1) }
+}
+
+// property is a random check.
+type property func(f Factory, d draw) error
+
+var properties = []struct {
+	name  string
+	check property
+	share int // of Factory.Scripts, in percent
+}{
+	{"model", checkModel, 100},
+	{"grace", checkGrace, 25},
+	{"full disk", checkFullDisk, 50},
+	{"failed sync", checkFailedSync, 50},
+	{"faults", checkFaults, 15},
+	{"below fails", checkBelowFails, 50},
+}
+
+// Run checks a format against everything that layers.Editor promises.
+func Run(t *testing.T, f Factory) {
+	t.Helper()
+	for _, r := range rules {
+		t.Run(r.name, func(t *testing.T) {
+			if err := guard(func() error { return r.check(f) }); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	for _, p := range properties {
+		t.Run(p.name, func(t *testing.T) { Property(t, f, p.check, p.share) })
+	}
+	t.Run("map", func(t *testing.T) { runMap(t, f) })
+	if f.Check != nil {
+		t.Run("other tools", func(t *testing.T) { runCheck(t, f) })
+	}
+}
+
+// Property runs one random check share percent of Factory.Scripts times.
+func Property(t *testing.T, f Factory, check property, share int) {
+	t.Helper()
+	left := max(max(f.Scripts, 0), 1) * share / 100
+	if f.Scripts == 0 {
+		left = 40 * share / 100
+	}
+	if testing.Short() {
+		left /= 4
+	}
+	left = max(left, 2)
+	failed := false
+	rapid.Check(t, func(rt *rapid.T) {
+		// rapid has one number of runs for everything; formats are many and
+		// scripts long. Once something failed rapid has to be able to repeat
+		// and shrink it.
+		if left--; left < 0 && !failed {
+			return
+		}
+		if err := guard(func() error {
+			return check(f, func(label string, lo, hi int64) int64 {
+				return rapid.Int64Range(lo, hi).Draw(rt, label)
+			})
+		}); err != nil {
+			failed = true
+			rt.Fatal(err)
+		}
+	})
+}
+
+// guard runs a check with a time limit and turns a panic of the editor into an
+// error. A check that hangs is left behind.
+func guard(check func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		done <- func() (err error) {
+			defer func() {
+				if p := recover(); p != nil {
+					err = fmt.Errorf("panic: %v\n%s", p, stack())
+				}
+			}()
+			return check()
+		}()
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(2 * time.Minute):
+		return fmt.Errorf("hangs for two minutes:\n%s", allStacks())
+	}
+}
+
+// runMap runs the suite of blockmap.Map over an image with all sorts of
+// extents.
+func runMap(t *testing.T, f Factory) {
+	maptest.Run(t, func(t *testing.T) (blockMap, maptest.Truth) {
+		s, err := newSession(f, sizeFor(f, 30), zeroBelow())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() {
+			if err := s.close(); err != nil {
+				t.Error(err)
+			}
+		})
+		d := seeded(11)
+		for range 40 {
+			if err := s.randomChange(d); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.sync(); err != nil {
+			t.Fatal(err)
+		}
+		return s.e, nil
+	})
+}
+
+// runCheck asks the other program about images after random scripts.
+func runCheck(t *testing.T, f Factory) {
+	for seed := range uint64(3) {
+		dir := NewOSDir(t.TempDir())
+		t.Cleanup(func() { _ = dir.Close() }) // the test is over
+		d := seeded(seed)
+		s, err := newSessionIn(f, dir, sizeFor(f, 30), drawBelow(d, f, sizeFor(f, 30)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range 60 {
+			if err := s.randomChange(d); err != nil {
+				t.Fatal(err)
+			}
+			if i%20 == 19 {
+				if err := s.sync(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if err := s.finish(); err != nil {
+			t.Fatal(err)
+		}
+		f.Check(t, dir, false)
+		if t.Failed() {
+			t.Fatalf("seed %d, changes:\n%s", seed, s.trace())
+		}
+	}
+}
