@@ -153,7 +153,8 @@ func (img *Image) pinL1Page(page int64) (*layers.Page, *tablePage, error) {
 
 func (img *Image) readL1Page(page int64) (any, int64, error) {
 	off := page * maxPageBytes
-	return img.readTable(img.l1Off+off, min(img.l1Entries*8-off, maxPageBytes), "L1 table")
+	n := img.l1Entries * 8
+	return img.readTable(img.l1Off+off, min(n-off, maxPageBytes), img.l1Off+n, "L1 table")
 }
 
 // l2Page returns the page of an L2 table that lies at off in the image file,
@@ -163,9 +164,7 @@ func (img *Image) l2Page(off int64) (*tablePage, error) {
 	if p := img.l2Pages.Get(off); p != nil {
 		return p.Value.(*tablePage), nil
 	}
-	p, err := img.l2Pages.Load(off, func() (any, int64, error) {
-		return img.readTable(off, img.l2PageBytes, "L2 table")
-	})
+	p, err := img.l2Pages.Load(off, func() (any, int64, error) { return img.readL2Page(off) })
 	if err != nil {
 		return nil, err
 	}
@@ -174,32 +173,42 @@ func (img *Image) l2Page(off int64) (*tablePage, error) {
 
 // pinL2Page is l2Page with the page pinned.
 func (img *Image) pinL2Page(off int64) (*layers.Page, *tablePage, error) {
-	p, err := img.l2Pages.Pin(off, func() (any, int64, error) {
-		return img.readTable(off, img.l2PageBytes, "L2 table")
-	})
+	p, err := img.l2Pages.Pin(off, func() (any, int64, error) { return img.readL2Page(off) })
 	if err != nil {
 		return nil, nil, err
 	}
 	return p, p.Value.(*tablePage), nil
 }
 
-// readTable loads n bytes of a table. A table that the end of the file cuts
-// off is damage.
-func (img *Image) readTable(off, n int64, field string) (any, int64, error) {
+func (img *Image) readL2Page(off int64) (any, int64, error) {
+	return img.readTable(off, img.l2PageBytes, off&^(img.clusterSize-1)+img.clusterSize, "L2 table")
+}
+
+// readTable loads n bytes of a table that ends at end.
+func (img *Image) readTable(off, n, end int64, field string) (any, int64, error) {
 	b := make([]byte, n)
-	if err := img.readMeta(b, off, field); err != nil {
+	if err := img.readMeta(b, off, end, field); err != nil {
 		return nil, 0, err
 	}
 	return decodeTablePage(b), n, nil
 }
 
-// readMeta reads metadata: all of b, or an error that names the field.
-func (img *Image) readMeta(b []byte, off int64, field string) error {
-	if _, err := img.f.ReadAt(b, off); err != nil {
-		if errors.Is(err, io.EOF) {
-			err = fmt.Errorf("%w: it reaches behind the end of the file", layers.ErrCorrupt)
-		}
-		return img.errorf(off, field, nil, err)
+// readMeta reads all of b, a part of a structure that ends at end. The last
+// cluster of an image need not be stored to its end: as long as less than a
+// cluster of the structure is missing it reads as zeros there, which is what
+// QEMU does and what its check calls clean. More is damage, which the error
+// names with the field.
+func (img *Image) readMeta(b []byte, off, end int64, field string) error {
+	n, err := img.f.ReadAt(b, off)
+	if n == len(b) {
+		return nil
 	}
-	return nil
+	if errors.Is(err, io.EOF) {
+		if end-img.refreshEnd(img.f) < img.clusterSize {
+			clear(b[n:])
+			return nil
+		}
+		err = fmt.Errorf("%w: it reaches behind the end of the file", layers.ErrCorrupt)
+	}
+	return img.errorf(off, field, nil, err)
 }
