@@ -50,12 +50,14 @@ type table struct {
 	limit  atomic.Int64 // length of the file as far as known
 	noSeek atomic.Bool  // the file cannot tell its holes
 
-	dirtyMu sync.Mutex
-	dirty   *roaring.Bitmap // pages changed and not written yet; each is pinned
+	dirtyMu    sync.Mutex
+	dirty      *roaring.Bitmap // pages changed since the last commit began; each is pinned once
+	writing    *roaring.Bitmap // pages that a commit is writing; each is pinned once (more)
+	dirtyPages atomic.Int64    // how many pins that are
 }
 
 func newTable(f backend.File, path string, h *header, cache *layers.Cache, fileSize int64) *table {
-	t := &table{f: f, path: path, h: h, shift: h.shift(), step: 1, owner: cache.NewOwner(), dirty: roaring.New()}
+	t := &table{f: f, path: path, h: h, shift: h.shift(), step: 1, owner: cache.NewOwner(), dirty: roaring.New(), writing: roaring.New()}
 	if h.version == 1 {
 		t.step = uint32(h.cluster / sectorSize)
 	}
@@ -242,13 +244,13 @@ func (t *table) holeEnd(n int64) (int64, error) {
 func (t *table) nextDirty(n int64) int64 {
 	t.dirtyMu.Lock()
 	defer t.dirtyMu.Unlock()
-	if t.dirty.IsEmpty() || n > math.MaxUint32 {
-		return math.MaxInt64
+	first := int64(math.MaxInt64)
+	for _, set := range [...]*roaring.Bitmap{t.dirty, t.writing} {
+		if d := set.NextValue(uint32(n)); d >= 0 { // a page number has 23 bits at most
+			first = min(first, d)
+		}
 	}
-	if d := t.dirty.NextValue(uint32(n)); d >= 0 {
-		return d
-	}
-	return math.MaxInt64
+	return first
 }
 
 // lookup answers blockmap.Map.Lookup.

@@ -34,33 +34,34 @@ type dirtyBitmap struct {
 
 // readExtension decodes the extension cluster. It is called for reports only:
 // an image with a damaged extension still reads.
-func (i *Image) readExtension() (*extension, error) {
+func (i *Image) readExtension(at int64) (*extension, error) {
 	field := "m_FormatExtensionOffset"
-	bad := func(why string) error { return i.bat.bad(offExtension, field, uint64(i.h.extension/sectorSize), why) }
+	bad := func(why string) error { return i.bat.bad(offExtension, field, uint64(at/sectorSize), why) }
 	size, err := i.f.Size()
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", i.path, err)
 	}
 	switch {
-	case i.h.extension%i.h.cluster != 0:
+	case at%i.h.cluster != 0:
 		return nil, bad("is not a multiple of the cluster size")
-	case i.h.extension < i.h.firstData:
+	case at < i.h.firstData:
 		return nil, bad("points into the header or the BAT")
-	case i.h.extension > size-i.h.cluster:
+	case at > size-i.h.cluster:
 		return nil, bad("points behind the end of the file")
 	}
 	b := make([]byte, i.h.cluster) // at most 64 MiB, and the file is that long
-	if _, err := i.f.ReadAt(b, i.h.extension); err != nil {
+	if _, err := i.f.ReadAt(b, at); err != nil {
 		return nil, fmt.Errorf("%s: read of the format extension: %w", i.path, err)
 	}
-	return i.parseExtension(b, size)
+	return i.parseExtension(b, at, size)
 }
 
-// parseExtension decodes b, the extension's cluster, of a file of size bytes.
-func (i *Image) parseExtension(b []byte, size int64) (*extension, error) {
+// parseExtension decodes b, the extension's cluster, which lies at byte place
+// of a file of size bytes.
+func (i *Image) parseExtension(b []byte, place, size int64) (*extension, error) {
 	le := binary.LittleEndian
 	bad := func(at int, field string, value any, why string) error {
-		return i.bat.bad(i.h.extension+int64(at), field, value, why)
+		return i.bat.bad(place+int64(at), field, value, why)
 	}
 	if len(b) < extHead {
 		return nil, bad(0, "format extension", nil, "cluster is too small")
@@ -82,7 +83,7 @@ func (i *Image) parseExtension(b []byte, size int64) (*extension, error) {
 			return nil, bad(at+16, "feature size", uint32(n), "reaches behind the extension")
 		}
 		if magic == bitmapMagic {
-			bm, err := i.parseBitmap(b[data:data+int(n)], data, size)
+			bm, err := i.parseBitmap(b[data:data+int(n)], place+int64(data), size)
 			if err != nil {
 				return nil, err
 			}
@@ -94,12 +95,12 @@ func (i *Image) parseExtension(b []byte, size int64) (*extension, error) {
 }
 
 // parseBitmap decodes the data of a dirty-bitmap feature, which lies at byte
-// at of the extension.
-func (i *Image) parseBitmap(b []byte, at int, size int64) (dirtyBitmap, error) {
+// place of the file.
+func (i *Image) parseBitmap(b []byte, place, size int64) (dirtyBitmap, error) {
 	le := binary.LittleEndian
 	var bm dirtyBitmap
 	bad := func(off int, field string, value any, why string) (dirtyBitmap, error) {
-		return bm, i.bat.bad(i.h.extension+int64(at+off), field, value, why)
+		return bm, i.bat.bad(place+int64(off), field, value, why)
 	}
 	if len(b) < bitmapHead {
 		return bad(0, "dirty bitmap", int64(len(b)), "feature is too short")

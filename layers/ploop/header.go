@@ -66,10 +66,15 @@ type header struct {
 	cluster   int64 // bytes
 	entries   int64 // BAT entries
 	size      int64 // bytes of the virtual disk
-	inUse     uint32
 	firstData int64 // first byte that a cluster may occupy
+	headerState
+}
+
+// headerState is the part of the header that changes during an image's life.
+type headerState struct {
+	inUse     uint32
 	flags     uint32
-	extension int64 // offset of the format extension, 0 for none
+	extension int64 // offset of the format extension in bytes, 0 for none
 }
 
 // batEnd is the first byte behind the BAT.
@@ -179,7 +184,7 @@ func (h *header) encode() [headerSize]byte {
 // newHeader makes the header of a fresh image. size is a multiple of 512.
 func newHeader(version int, cluster, size int64) *header {
 	le := binary.LittleEndian
-	h := &header{version: version, cluster: cluster, size: size, flags: flagEmpty}
+	h := &header{version: version, cluster: cluster, size: size, headerState: headerState{flags: flagEmpty}}
 	h.entries = h.clusters()
 	h.firstData = (h.batEnd() + cluster - 1) / cluster * cluster
 	b := h.raw[:]

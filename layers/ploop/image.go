@@ -34,6 +34,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"sync"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
@@ -45,14 +46,23 @@ import (
 type Image struct {
 	f    backend.File
 	path string
-	h    *header
+	h    *header // as at Open; what changes since is in state
 	bat  *table
 	edit *editor // nil when opened read-only
 
 	readers layers.Readers
+	hmu     sync.Mutex // guards state
+	state   headerState
 }
 
-var _ layers.Layer = (*Image)(nil)
+// header returns the header as it is in the file now.
+func (i *Image) header() header {
+	i.hmu.Lock()
+	defer i.hmu.Unlock()
+	h := *i.h
+	h.headerState = i.state
+	return h
+}
 
 // Open returns the image in f, which it owns from now on unless it fails.
 //
@@ -91,7 +101,7 @@ func Open(ctx context.Context, f backend.File, o layers.OpenOptions) (*Image, er
 	if cache == nil {
 		cache = layers.NewCache(layers.DefaultCacheSize)
 	}
-	i := &Image{f: f, path: path, h: h, bat: newTable(f, path, h, cache, size)}
+	i := &Image{f: f, path: path, h: h, bat: newTable(f, path, h, cache, size), state: h.headerState}
 	if o.Writable {
 		if err := i.openEditor(ctx, size, cache); err != nil {
 			i.bat.owner.DropAll()
@@ -172,10 +182,11 @@ func (i *Image) Describe(ctx context.Context) (layers.Info, error) {
 	if info.AllocatedSize, err = i.f.Allocated(); err != nil {
 		return info, fmt.Errorf("%s: %w", i.path, err)
 	}
-	if i.h.inUse == inUseOpen && i.edit == nil {
+	h := i.header()
+	if h.inUse == inUseOpen && i.edit == nil {
 		info.Flags = append(info.Flags, "in-use")
 	}
-	if i.h.flags&flagEmpty != 0 {
+	if h.flags&flagEmpty != 0 {
 		info.Flags = append(info.Flags, "empty")
 	}
 	info.Details = map[string]string{
@@ -188,13 +199,13 @@ func (i *Image) Describe(ctx context.Context) (layers.Info, error) {
 	}); err != nil {
 		return info, err
 	}
-	if i.h.extension != 0 {
-		ext, err := i.readExtension()
+	if h.extension != 0 {
+		ext, err := i.readExtension(h.extension)
 		if err != nil {
 			info.Flags = append(info.Flags, "extension-damaged")
 			return info, nil
 		}
-		if i.h.inUse != inUseV21 {
+		if h.inUse != inUseV21 {
 			info.Flags = append(info.Flags, "extension-stale")
 		}
 		for _, b := range ext.bitmaps {
@@ -218,14 +229,15 @@ func (i *Image) WalkHost(ctx context.Context, visit func(layers.HostRange) error
 	}); err != nil {
 		return err
 	}
-	if i.h.extension == 0 {
+	at := i.header().extension
+	if at == 0 {
 		return nil
 	}
-	ext, err := i.readExtension()
+	ext, err := i.readExtension(at)
 	if err != nil {
 		return err
 	}
-	if err := visit(layers.HostRange{Off: i.h.extension, Len: i.h.cluster, Role: layers.RoleExtension, Guest: -1}); err != nil {
+	if err := visit(layers.HostRange{Off: at, Len: i.h.cluster, Role: layers.RoleExtension, Guest: -1}); err != nil {
 		return err
 	}
 	for _, b := range ext.bitmaps {
