@@ -187,18 +187,23 @@ func (img *Image) readL2Page(off int64) (any, int64, error) {
 // readTable loads n bytes of a table that ends at end.
 func (img *Image) readTable(off, n, end int64, field string) (any, int64, error) {
 	b := make([]byte, n)
-	if err := img.readMeta(b, off, end, field); err != nil {
+	if err := img.readRegion(b, off, end, field); err != nil {
 		return nil, 0, err
 	}
 	return decodeTablePage(b), n, nil
 }
 
-// readMeta reads all of b, a part of a structure that ends at end. The last
+// readMeta reads all of b, the whole of a structure or its end.
+func (img *Image) readMeta(b []byte, off int64, field string) error {
+	return img.readRegion(b, off, off+int64(len(b)), field)
+}
+
+// readRegion reads all of b, a part of a structure that ends at end. The last
 // cluster of an image need not be stored to its end: as long as less than a
 // cluster of the structure is missing it reads as zeros there, which is what
 // QEMU does and what its check calls clean. More is damage, which the error
 // names with the field.
-func (img *Image) readMeta(b []byte, off, end int64, field string) error {
+func (img *Image) readRegion(b []byte, off, end int64, field string) error {
 	n, err := img.f.ReadAt(b, off)
 	if n == len(b) {
 		return nil

@@ -84,7 +84,7 @@ func (w *walker) words(off, n int64, field string, do func(i, at int64, word uin
 			return err
 		}
 		b := w.buf[:min(n-pos, int64(len(w.buf)))]
-		if err := w.img.readMeta(b, off+pos, off+n, field); err != nil {
+		if err := w.img.readRegion(b, off+pos, off+n, field); err != nil {
 			return err
 		}
 		// do may come back here and use the same buffer.
