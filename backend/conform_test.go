@@ -17,9 +17,6 @@ import (
 type impl struct {
 	name string
 	make func(t *testing.T) File
-	// grain is how finely holes are known; 0 when the implementation promises
-	// nothing about holes.
-	grain int64
 }
 
 func must[T any](v T, err error) func(t tb) T {
@@ -56,10 +53,21 @@ func shmDir(t *testing.T) string {
 
 func implementations() []impl {
 	return []impl{
-		{"os", func(t *testing.T) File { return openTemp(t, t.TempDir(), Options{}) }, 4096},
-		{"tmpfs", func(t *testing.T) File { return openTemp(t, shmDir(t), Options{}) }, 4096},
-		{"direct", func(t *testing.T) File { return openTemp(t, t.TempDir(), Options{Direct: true}) }, 4096},
-		{"mem", func(t *testing.T) File { return NewMem("mem") }, MemPage},
+		{"os", func(t *testing.T) File { return openTemp(t, t.TempDir(), Options{}) }},
+		{"tmpfs", func(t *testing.T) File { return openTemp(t, shmDir(t), Options{}) }},
+		{"direct", func(t *testing.T) File { return openTemp(t, t.TempDir(), Options{Direct: true}) }},
+		{"mem", func(t *testing.T) File { return NewMem("mem") }},
+		{"fault", func(t *testing.T) File { return NewFault(NewMem("mem")) }},
+		{"fault over os", func(t *testing.T) File { return NewFault(openTemp(t, t.TempDir(), Options{})) }},
+		{"fault tracking", func(t *testing.T) File {
+			f := NewFault(NewMem("mem"))
+			f.Inject(Rule{On: OpSync, Nth: 1 << 30, DropUnsynced: true})
+			return f
+		}},
+		{"recorder", func(t *testing.T) File { return must(NewRecorder().Wrap(NewMem("mem")))(t) }},
+		{"recorder over os", func(t *testing.T) File {
+			return must(NewRecorder().Wrap(openTemp(t, t.TempDir(), Options{})))(t)
+		}},
 	}
 }
 
@@ -246,7 +254,7 @@ func TestTruncate(t *testing.T) {
 }
 
 func TestHoles(t *testing.T) {
-	each(t, func(t *testing.T, im impl, f File) {
+	each(t, func(t *testing.T, _ impl, f File) {
 		const K = 64 << 10
 		write(t, f, pattern(K, 1), 2*K)
 		write(t, f, pattern(K, 2), 5*K)
@@ -297,7 +305,6 @@ func TestHoles(t *testing.T) {
 		ok(t, f.PunchHole(100*K, K))
 		ok(t, f.PunchHole(K, 0))
 		same(t, content(t, f), want)
-		_ = im
 	})
 }
 

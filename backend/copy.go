@@ -3,6 +3,7 @@ package backend
 import (
 	"errors"
 	"io"
+	"io/fs"
 	"math"
 	"sync"
 
@@ -76,4 +77,12 @@ func unwrap(f File) File {
 		return w.Unwrap()
 	}
 	return nil
+}
+
+// pathErr gives err the usual form.
+func pathErr(op, path string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return &fs.PathError{Op: op, Path: path, Err: err}
 }

@@ -217,14 +217,6 @@ func openRetry(path string, flags int) (int, error) {
 	}
 }
 
-// pathErr gives err the usual form. Errors are not wrapped twice.
-func pathErr(op, path string, err error) error {
-	if err == nil {
-		return nil
-	}
-	return &fs.PathError{Op: op, Path: path, Err: err}
-}
-
 // control runs fn with the descriptor, which cannot be closed (and its number
 // not be reused) meanwhile. It retries while fn returns EINTR. Calls run
 // concurrently.
