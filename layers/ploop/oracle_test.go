@@ -2,10 +2,15 @@ package ploop
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
 	"testing"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/internal/imgtest"
 )
@@ -118,5 +123,221 @@ func TestReadBundleOfPloop(t *testing.T) {
 			}
 			sameBytes(t, "stack", s.content(t, base), rawOf(t, "", imgtest.Chain(images...)))
 		})
+	}
+}
+
+// judge lets the other tools look at a closed image: ploop check, QEMU's
+// check, and that the host file has neither holes nor unwritten extents.
+func judge(t testing.TB, path string) {
+	t.Helper()
+	if err := syncPath(path); err != nil {
+		t.Fatal(err)
+	}
+	before := imgtest.SHA256File(t, path)
+	if exit, out := imgtest.PloopCheck(t, path); exit != 0 || strings.Contains(out, "Hole") {
+		t.Errorf("ploop check -f -c: exit %d\n%s", exit, out)
+	}
+	if imgtest.SHA256File(t, path) != before {
+		t.Errorf("ploop check found something to repair in %s", path)
+	}
+	if exit, out := imgtest.QemuCheck(t, path, "parallels"); exit != 0 {
+		t.Errorf("qemu-img check: exit %d\n%s", exit, out)
+	}
+	out := string(imgtest.Run(t, "filefrag", "-v", path))
+	if strings.Contains(out, "unwritten") {
+		t.Errorf("unwritten extents:\n%s", out)
+	}
+	st, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := st.Sys().(*syscall.Stat_t).Blocks * 512; got < st.Size() {
+		t.Errorf("%s is sparse: %d of %d bytes allocated", path, got, st.Size())
+	}
+}
+
+func syncPath(path string) error {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Sync(), f.Close())
+}
+
+// TestWriteForTheOthers: images written here satisfy ploop and QEMU and read
+// identically there.
+func TestWriteForTheOthers(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "filefrag")
+	ctx := context.Background()
+	for _, c := range []CreateOptions{
+		{Size: 12 << 20, ClusterSize: 32 << 10, Version: 1},
+		{Size: 12 << 20, ClusterSize: 64 << 10, Version: 2},
+		{Size: 12 << 20, Version: 1},
+		{Size: 12 << 20, Version: 2},
+		{Size: 128 << 20, ClusterSize: 64 << 20, Version: 2},
+	} {
+		t.Run(fmt.Sprintf("%dK-v%d", c.defaults().ClusterSize>>10, c.Version), func(t *testing.T) {
+			path := tempPath(t, "w.hds")
+			f, err := backend.Open(path, backend.Options{Writable: true, Create: true, Exclusive: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := errors.Join(Create(ctx, f, c), f.Close()); err != nil {
+				t.Fatal(err)
+			}
+			judge(t, path)
+			want := make([]byte, c.Size)
+			i := openFile(t, path, true)
+			write := func(off, n int64) {
+				p := imgtest.PatternBytes(7, off, int(n))
+				copy(want[off:], p)
+				if err := i.WriteAt(ctx, p, off, bytesBelow(nil)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			write(5<<20, 1<<20)
+			write(100, 1000)
+			write(2<<20-4096, 3<<20+8192)
+			write(c.Size-512, 512)
+			judgeOpen(t, path)
+			if err := i.ZeroAt(ctx, 3<<20, 2<<20, true, bytesBelow(nil)); err != nil {
+				t.Fatal(err)
+			}
+			clear(want[3<<20 : 5<<20])
+			if err := i.Sync(ctx); err != nil {
+				t.Fatal(err)
+			}
+			// Fill what became free, so that no slot is left over.
+			write(7<<20, 3<<20)
+			closeImage(t, i)
+			judge(t, path)
+			sameBytes(t, path, rawOf(t, "parallels", path), want)
+			i = openFile(t, path, true)
+			compareQemuMap(t, i, path)
+			if err := i.ZeroAt(ctx, 0, i.Size(), true, bytesBelow(nil)); err != nil {
+				t.Fatal(err)
+			}
+			closeImage(t, i)
+			judge(t, path)
+		})
+	}
+}
+
+// judgeOpen checks the header of an image that is open for writing.
+func judgeOpen(t testing.TB, path string) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, headerSize)
+	_, err = f.ReadAt(b, 0)
+	if err := errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	h, err := parseHeader(b, path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if h.inUse != inUseOpen || h.flags&flagEmpty != 0 {
+		t.Errorf("while open: m_DiskInUse %#x m_Flags %#x", h.inUse, h.flags)
+	}
+}
+
+// TestMergeByPloop: a bundle whose layers were written here is merged by
+// ploop's own tool; the result is what the stack showed before.
+func TestMergeByPloop(t *testing.T) {
+	imgtest.Require(t, "qemu-img")
+	ctx := context.Background()
+	for _, version := range []int{1, 2} {
+		t.Run(fmt.Sprintf("v%d", version), func(t *testing.T) {
+			dir := t.TempDir()
+			images := imgtest.PloopBundle(t, dir, "expanded", version, 12<<20, 3)
+			below := bytesBelow(make([]byte, 12<<20))
+			for k := len(images) - 1; k >= 0; k-- {
+				i := openFile(t, images[k].Path, true)
+				for _, off := range []int64{int64(k) << 20, 5<<20 - 700, int64(6+k)<<20 + 12345} {
+					p := imgtest.PatternBytes(uint64(k), off, 300000)
+					if err := i.WriteAt(ctx, p, off, below); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err := i.ZeroAt(ctx, int64(7+k)<<20-5000, 1<<20+9000, true, below); err != nil {
+					t.Fatal(err)
+				}
+				next := make([]byte, len(below))
+				copy(next, below)
+				readLayer(t, i, next, 0)
+				closeImage(t, i)
+				if exit, out := imgtest.PloopCheck(t, images[k].Path); exit != 0 {
+					t.Errorf("ploop check: exit %d\n%s", exit, out)
+				}
+				below = next
+			}
+			sameBytes(t, "QEMU's view", rawOf(t, "", imgtest.Chain(images...)), below)
+			d, err := ReadDescriptor(filepath.Join(dir, DescriptorName))
+			if err != nil {
+				t.Fatal(err)
+			}
+			chain, err := d.Chain("")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for k, ref := range chain {
+				if filepath.Join(dir, ref.File) != images[k].Path && ref.File != images[k].Path {
+					t.Errorf("chain[%d] is %s, want %s", k, ref.File, images[k].Path)
+				}
+			}
+			for range len(images) - 1 {
+				imgtest.PloopRun(t, "snapshot-merge", filepath.Join(dir, DescriptorName))
+			}
+			d, err = ReadDescriptor(filepath.Join(dir, DescriptorName))
+			if err != nil {
+				t.Fatal(err)
+			}
+			chain, err = d.Chain("")
+			if err != nil || len(chain) != 1 {
+				t.Fatalf("after the merge: %v, %v", chain, err)
+			}
+			name := chain[0].File
+			if !filepath.IsAbs(name) {
+				name = filepath.Join(dir, name)
+			}
+			i := openFile(t, name, false)
+			defer closeImage(t, i)
+			sameBytes(t, "merged by ploop", stack{i}.content(t, nil), below)
+		})
+	}
+}
+
+// TestCreateBundle: a bundle made here is one for ploop.
+func TestCreateBundle(t *testing.T) {
+	dir := t.TempDir()
+	if err := CreateBundle(context.Background(), dir, CreateOptions{Size: 10 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	name := filepath.Join(dir, DescriptorName)
+	imgtest.PloopRun(t, "check", "-f", name)
+	if out := imgtest.PloopRun(t, "snapshot-list", "-H", name); !strings.Contains(out, defaultTop) {
+		t.Errorf("snapshot-list: %s", out)
+	}
+	imgtest.PloopRun(t, "snapshot", name)
+	d, err := ReadDescriptor(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := d.Chain("")
+	if err != nil || len(chain) != 2 || chain[1].File != RootName {
+		t.Errorf("after a snapshot by ploop: %v, %v", chain, err)
+	}
+	for _, ref := range chain {
+		i := openFile(t, filepath.Join(dir, ref.File), false)
+		if err := d.CheckImage(ref, i.Size(), i.Granule()); err != nil {
+			t.Error(err)
+		}
+		closeImage(t, i)
+	}
+	if err := CreateBundle(context.Background(), dir, CreateOptions{Size: 10 << 20}); !errors.Is(err, os.ErrExist) {
+		t.Errorf("second bundle in the same place: %v", err)
 	}
 }
