@@ -46,6 +46,9 @@ const maxValue = 55
 // drawScript makes a script of at most maxValue changes.
 func drawScript(d draw, size, gran int64, most int64, reopen bool) []change {
 	script := make([]change, d("changes", 1, min(most, maxValue)))
+	// Scripts of whole clusters allocate and free all the time; scripts of any
+	// ranges mostly change clusters in place.
+	whole := d("whole clusters", 0, 1) == 0
 	for i := range script {
 		c := &script[i]
 		switch k := d("kind", 0, 9); {
@@ -61,6 +64,11 @@ func drawScript(d draw, size, gran int64, most int64, reopen bool) []change {
 			continue
 		}
 		c.off, c.n = span(d, size, gran)
+		if whole {
+			end := min((c.off+c.n+gran-1)/gran*gran, size)
+			c.off = c.off / gran * gran
+			c.n = min(end-c.off, 2*gran)
+		}
 	}
 	return script
 }

@@ -93,6 +93,7 @@ var properties = []struct {
 	{"full disk", checkFullDisk, 50},
 	{"failed sync", checkFailedSync, 50},
 	{"faults", checkFaults, 15},
+	{"power cut", checkCrash, 50},
 	{"below fails", checkBelowFails, 50},
 }
 

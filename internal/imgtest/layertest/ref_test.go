@@ -25,7 +25,6 @@ const (
 	freeAtOnce           // discarded space is used again before the commit
 	noDataSync           // the map is published without a sync of the data before
 	noMapSync            // Sync does not sync the map
-	freeEarly            // space is free after the map is written, not after it is durable
 	forgiveSync          // a failed sync is tried again
 	hideSync             // the error of a sync is dropped
 	hideWrite            // the error of a write is dropped
@@ -45,6 +44,7 @@ const (
 	changesBelow         // writes into the layer below
 	belowErrors          // ignores errors of the layer below
 	numBugs
+	thirdSync // no bug: one sync more than needed
 )
 
 // refEditor is an editor that is right by being simple: a header, a table of
@@ -397,10 +397,12 @@ func (e *refEditor) commit() error {
 		}
 		e.disk[c] = v
 	}
-	if e.bug == freeEarly {
-		e.punch()
-	}
 	if e.bug != noMapSync {
+		if err := e.f.Sync(); err != nil {
+			return fail(err)
+		}
+	}
+	if e.bug == thirdSync {
 		if err := e.f.Sync(); err != nil {
 			return fail(err)
 		}

@@ -414,9 +414,7 @@ func readExtent(ctx context.Context, l layers.Layer, below layers.Below, x block
 		return nil
 	case blockmap.Data:
 		n, err := l.Data().ReadAt(p, x.Host)
-		if errors.Is(err, io.EOF) {
-			// The last cluster of a file may end early and reads as zeros.
-			clear(p[n:])
+		if n == len(p) && errors.Is(err, io.EOF) {
 			err = nil
 		}
 		return err
