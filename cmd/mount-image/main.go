@@ -1,0 +1,63 @@
+// Command mount-image shows a disk image (a ploop bundle, a qcow2 chain, a raw
+// file) as one raw file in a directory.
+package main
+
+import (
+	"context"
+	"errors"
+
+	"github.com/alecthomas/kong"
+
+	"github.com/imagestack/imagestack/internal/cli"
+)
+
+// flags of the command line; see design section 6.
+type flags struct {
+	cli.Common
+	cli.ImageFlags
+	Write      bool     `short:"w" help:"Make the disk writable; the image changes."`
+	Scratch    bool     `help:"Make the disk writable into a throw-away layer; the image does not change."`
+	Foreground bool     `short:"f" help:"Stay in the foreground."`
+	Partitions bool     `help:"Also show the partitions, as p1, p2, …"`
+	Loop       bool     `help:"Attach a loop device to the disk and print its name (root)."`
+	SectorSize uint32   `default:"0" placeholder:"BYTES" help:"Sector size of the loop device, 512 (default) or 4096."`
+	Snapshot   string   `placeholder:"ID" help:"Show the disk as it was at this snapshot (id or name)."`
+	Options    []string `short:"o" sep:"none" placeholder:"OPT,…" help:"Options as of mount(8): ro, rw, allow_other, allow_root, uid=, gid=, umask=, and the flags of this tool as scratch, partitions, loop, snapshot=, format=, backing_format=, allow_path=, cache_size=, sector_size=, log=."`
+	Log        string   `placeholder:"FILE" help:"Append messages of the server in the background to FILE."`
+	JSON       bool     `help:"Print one JSON document about the mount."`
+	Unmount    bool     `short:"u" help:"Unmount DIR, detaching its loop devices, and wait until everything is durable."`
+	Force      bool     `help:"With -u: unmount although the mount is in use."`
+	Image      string   `arg:"" optional:"" help:"The image, or with -u the directory."`
+	Dir        string   `arg:"" optional:"" help:"The directory to mount on."`
+}
+
+func main() {
+	var f flags
+	cli.Main(cli.Tool{
+		Name:        "mount-image",
+		Description: "Show a disk image as one raw file, DIR/disk.raw. Read-only unless -w or --scratch is given.",
+		Flags:       &f,
+		Run:         func(ctx context.Context, _ *kong.Context) error { return run(ctx, &f) },
+	})
+}
+
+func run(ctx context.Context, f *flags) error {
+	if f.Unmount {
+		if f.Image == "" || f.Dir != "" {
+			return cli.Usage(errors.New("-u wants one directory"))
+		}
+		return unmount(ctx, f.Image, f.Force)
+	}
+	if f.Image == "" || f.Dir == "" {
+		return cli.Usage(errors.New("want an image and a directory"))
+	}
+	s, err := newSettings(f)
+	if err != nil {
+		return cli.Usage(err)
+	}
+	daemon := cli.DaemonChild()
+	if daemon == nil && !f.Foreground {
+		return cli.StartDaemon(ctx)
+	}
+	return serve(ctx, s, daemon)
+}

@@ -1,0 +1,269 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/syslog"
+	"os"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/fusefs"
+	"github.com/imagestack/imagestack/guestfs"
+	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/loopdev"
+	"github.com/imagestack/imagestack/internal/mounttab"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
+)
+
+// server is one mount from opening the image to closing it.
+type server struct {
+	s     *settings
+	dir   string // absolute
+	stack *layers.Stack
+	fs    *fusefs.FS
+	mount *fusefs.Server
+	loop  string // device, "" when none
+	parts []guestfs.Partition
+	log   *log.Logger
+}
+
+// serve mounts the image and serves it until it is unmounted or ctx ends.
+func serve(ctx context.Context, s *settings, daemon *cli.Daemon) (err error) {
+	srv := &server{s: s, log: log.New(os.Stderr, "mount-image: ", 0)}
+	if srv.dir, err = mountPoint(s.dir); err != nil {
+		return err
+	}
+	if srv.stack, err = open.Open(ctx, s.image, s.open); err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, srv.stack.Close()) }()
+	if err := srv.start(ctx, daemon != nil); err != nil {
+		return err
+	}
+	if err := srv.announce(); err != nil {
+		return errors.Join(err, srv.stop())
+	}
+	if daemon != nil {
+		if err := daemon.Ready(s.log); err != nil {
+			return errors.Join(err, srv.stop())
+		}
+	}
+	select {
+	case <-srv.mount.Done(): // somebody has unmounted it
+		err = srv.fs.Shutdown()
+	case <-ctx.Done():
+		err = srv.stop()
+		// SIGTERM is how a service manager ends a mount; Ctrl-C is told apart.
+		if cause := context.Cause(ctx); err == nil && errors.Is(cause, cli.SignalError{Signal: unix.SIGINT}) {
+			err = cause
+		}
+	}
+	if err != nil && daemon != nil {
+		srv.report(err)
+	}
+	return err
+}
+
+// mountPoint checks DIR and makes it absolute.
+func mountPoint(dir string) (string, error) {
+	st, err := os.Stat(dir)
+	if err != nil {
+		if errors.Is(err, unix.ENOTCONN) {
+			return "", cli.WithHint(err, "the server of a mount there is dead; unmount it with: mount-image -u %s", dir)
+		}
+		return "", err
+	}
+	if !st.IsDir() {
+		return "", fmt.Errorf("%s: %w", dir, unix.ENOTDIR)
+	}
+	abs, err := mounttab.Resolve(dir)
+	if err != nil {
+		return "", err
+	}
+	m, found, err := mounttab.Find(abs)
+	if err != nil {
+		return "", err
+	}
+	if found && m.Type == "fuse."+fusefs.Type {
+		err := fmt.Errorf("%s: %s is mounted there already: %w", dir, m.Source, unix.EBUSY)
+		return "", cli.WithExit(cli.ExitInUse, cli.WithHint(err, "unmount it with: mount-image -u %s", dir))
+	}
+	return abs, nil
+}
+
+// start mounts, makes sure that the disk answers, and attaches a loop device;
+// when something fails, nothing stays behind but the open stack.
+func (srv *server) start(ctx context.Context, background bool) error {
+	s := srv.s
+	image, err := filepath.Abs(s.image)
+	if err != nil {
+		return err
+	}
+	if background {
+		// Best effort: there may be no syslog.
+		if w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, "mount-image"); err == nil {
+			srv.log.SetOutput(io.MultiWriter(os.Stderr, w))
+		}
+	}
+	options := fusefs.Options{
+		Image: image, PID: os.Getpid(), UID: s.uid, GID: s.gid, Umask: s.umask, Report: srv.report,
+	}
+	if s.partitions {
+		if options.Partitions, err = srv.partitions(ctx); err != nil {
+			return err
+		}
+	}
+	if srv.fs, err = fusefs.New(srv.stack, options); err != nil {
+		return err
+	}
+	srv.mount, err = fusefs.Mount(srv.dir, srv.fs, fusefs.MountOptions{
+		Source: image, AllowOther: s.allowOther, Flags: s.mountFlags, Log: srv.log,
+	})
+	if err != nil {
+		return errors.Join(err, srv.fs.Shutdown())
+	}
+	if err := srv.probe(); err != nil {
+		return errors.Join(fmt.Errorf("the mount does not answer: %w", err), srv.stop())
+	}
+	if s.loop {
+		writable := srv.stack.Writable()
+		srv.loop, err = loopdev.Attach(srv.disk(), loopdev.Options{ReadOnly: !writable, SectorSize: s.sectorSize})
+		if err != nil {
+			return errors.Join(err, srv.stop())
+		}
+	}
+	return nil
+}
+
+func (srv *server) disk() string { return filepath.Join(srv.dir, fusefs.DiskName) }
+
+// report is told every distinct error of the disk once.
+func (srv *server) report(err error) { srv.log.Printf("%s: %v", srv.s.image, err) }
+
+// probe reads a byte of the disk through the mount.
+func (srv *server) probe() error {
+	f, err := os.Open(srv.disk())
+	if errors.Is(err, unix.EACCES) && srv.s.uid != uint32(os.Geteuid()) {
+		return nil // the owner that was asked for is somebody else: the kernel has answered
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.ReadAt(make([]byte, 1), 0); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	return nil
+}
+
+// partitions reads the partition table of the disk.
+func (srv *server) partitions(ctx context.Context) ([]fusefs.Partition, error) {
+	parts, err := guestfs.Partitions(ctx, readerAt{ctx, srv.stack}, srv.stack.Size())
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", srv.s.image, err)
+	}
+	var views []fusefs.Partition
+	for _, p := range parts {
+		if !p.Container {
+			srv.parts = append(srv.parts, p)
+			views = append(views, fusefs.Partition{Name: fmt.Sprintf("p%d", p.Number), Start: p.Start, Len: p.Size})
+		}
+	}
+	if len(views) == 0 {
+		srv.log.Printf("%s: no partitions found", srv.s.image)
+	}
+	return views, nil
+}
+
+// readerAt is a stack as an io.ReaderAt.
+type readerAt struct {
+	ctx   context.Context // of the one call that it serves
+	stack *layers.Stack
+}
+
+func (r readerAt) ReadAt(p []byte, off int64) (int, error) { return r.stack.ReadAt(r.ctx, p, off) }
+
+// announcement is what --json prints.
+type announcement struct {
+	Mount      string          `json:"mount"`
+	Disk       string          `json:"disk"`
+	Size       int64           `json:"size"`
+	Writable   bool            `json:"writable"`
+	PID        int             `json:"pid"`
+	Loop       string          `json:"loop,omitempty"`
+	Partitions []partitionJSON `json:"partitions,omitempty"`
+}
+
+type partitionJSON struct {
+	Number int    `json:"number"`
+	File   string `json:"file"`
+	Start  int64  `json:"start"`
+	Size   int64  `json:"size"`
+	Type   string `json:"type"`
+	Name   string `json:"name,omitempty"`
+	UUID   string `json:"uuid"`
+}
+
+// announce prints what was mounted, as far as it was asked for.
+func (srv *server) announce() error {
+	if !srv.s.json {
+		if srv.loop != "" {
+			_, err := fmt.Println(srv.loop)
+			return err
+		}
+		return nil
+	}
+	a := announcement{
+		Mount: srv.dir, Disk: srv.disk(), Size: srv.stack.Size(), Writable: srv.stack.Writable(),
+		PID: os.Getpid(), Loop: srv.loop,
+	}
+	for _, p := range srv.parts {
+		a.Partitions = append(a.Partitions, partitionJSON{
+			Number: p.Number, File: filepath.Join(srv.dir, fmt.Sprintf("p%d", p.Number)),
+			Start: p.Start, Size: p.Size, Type: p.Type, Name: p.Name, UUID: p.UUID,
+		})
+	}
+	return cli.PrintJSON(os.Stdout, a)
+}
+
+// patience is how long stop waits for those who use the mount.
+const patience = 2 * time.Second
+
+// stop ends the mount from the inside. It makes everything durable first, then
+// detaches the loop device and unmounts; users who do not go in time lose the
+// mount from under them.
+func (srv *server) stop() error {
+	f, err := os.Open(srv.disk())
+	if err == nil {
+		err = f.Sync()
+		_ = f.Close()
+	}
+	if err != nil && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.ENOENT) {
+		srv.report(err)
+	}
+	if srv.loop != "" {
+		if err := loopdev.Detach(srv.loop, false); err != nil {
+			srv.report(err)
+		}
+	}
+	for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
+		err := srv.mount.Unmount()
+		if err == nil {
+			break
+		}
+		if time.Now().After(end) || !errors.Is(err, unix.EBUSY) {
+			if err := srv.mount.Detach(); err != nil {
+				srv.report(err)
+			}
+			break
+		}
+	}
+	return srv.fs.Shutdown()
+}

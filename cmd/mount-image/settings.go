@@ -1,0 +1,94 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+
+	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/mountopt"
+	"github.com/imagestack/imagestack/layers/open"
+)
+
+// settings are what flags and -o options say together.
+type settings struct {
+	image, dir string
+	open       open.Options
+	partitions bool
+	loop       bool
+	sectorSize uint32
+	json       bool
+	log        string
+	uid, gid   uint32
+	umask      uint32
+	allowOther bool
+	mountFlags []string
+}
+
+func newSettings(f *flags) (*settings, error) {
+	o := mountopt.Options{
+		Loop: f.Loop, Scratch: f.Scratch, Partitions: f.Partitions, SectorSize: f.SectorSize, Snapshot: f.Snapshot,
+		Format: f.Format, BackingFormat: f.BackingFormat, AllowPath: f.AllowPath, Log: f.Log,
+	}
+	for _, list := range f.Options {
+		if err := o.Parse(list); err != nil {
+			return nil, err
+		}
+	}
+	if f.Write {
+		if o.Write != nil && !*o.Write {
+			return nil, errors.New("-w and -o ro exclude each other")
+		}
+		o.Write = &f.Write
+	}
+	if o.Scratch && o.Write != nil && !*o.Write {
+		return nil, errors.New("scratch and ro exclude each other")
+	}
+	if o.CacheSize != "" {
+		n, err := cli.ParseSize(o.CacheSize)
+		if err != nil {
+			return nil, err
+		}
+		f.CacheSize = cli.Size(n)
+	}
+	switch o.SectorSize {
+	case 0, 512, 4096:
+	default:
+		return nil, fmt.Errorf("sector size %d: want 512 or 4096", o.SectorSize)
+	}
+	s := &settings{
+		image: f.Image, dir: f.Dir,
+		open: open.Options{
+			Writable: o.Write != nil && *o.Write && !o.Scratch, Scratch: o.Scratch,
+			Format: o.Format, BackingFormat: o.BackingFormat, Snapshot: o.Snapshot,
+			AllowPaths: o.AllowPath, CacheSize: int64(f.CacheSize),
+		},
+		partitions: o.Partitions, loop: o.Loop, sectorSize: o.SectorSize, json: f.JSON, log: o.Log,
+		uid: uint32(os.Geteuid()), gid: uint32(os.Getegid()), umask: 0o077,
+		allowOther: o.AllowOther || o.AllowRoot,
+	}
+	if o.AllowOther {
+		s.umask = 0o022
+	}
+	if o.UID != nil {
+		s.uid = *o.UID
+	}
+	if o.GID != nil {
+		s.gid = *o.GID
+	}
+	if o.Umask != nil {
+		s.umask = *o.Umask
+	}
+	if o.AllowRoot && !o.AllowOther {
+		// The kernel knows allow_other only; the permissions, which it
+		// checks, keep out everybody but root.
+		s.umask |= 0o077
+	}
+	for _, flag := range o.Flags {
+		if os.Geteuid() != 0 && (flag == "dev" || flag == "suid") {
+			continue // mount(8) passes them without being asked; only root may
+		}
+		s.mountFlags = append(s.mountFlags, flag)
+	}
+	return s, nil
+}
