@@ -50,10 +50,9 @@ func (ed *editor) flush() error {
 		}
 		return ed.syncFile(img.f)
 	}
-	sync := func() error { return ed.syncFile(img.f) }
-	oldTables, err := ed.ref.flush(sync)
+	oldTables, err := ed.ref.flush(func() error { return ed.syncFile(img.f) })
 	if err == nil {
-		err = sync()
+		err = ed.syncFile(img.f)
 	}
 	if err == nil {
 		err = ed.writeMap(snap)
@@ -62,7 +61,7 @@ func (ed *editor) flush() error {
 		ed.restore(snap, oldTables)
 		return err
 	}
-	if err := sync(); err != nil {
+	if err := ed.syncFile(img.f); err != nil {
 		return err
 	}
 	ed.unpin(snap)

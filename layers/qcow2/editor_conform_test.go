@@ -1,0 +1,31 @@
+package qcow2
+
+import (
+	"fmt"
+	"testing"
+
+	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/imgtest/layertest"
+)
+
+// TestConform runs the conformance kit of layers.Editor over the shapes of an
+// image that matter to the editor.
+func TestConform(t *testing.T) {
+	for _, o := range []CreateOptions{
+		{Version: 3, ClusterSize: 512, RefcountBits: 64},
+		{Version: 3, ClusterSize: 4096, RefcountBits: 16},
+		{Version: 2, ClusterSize: 4096, RefcountBits: 16},
+		{Version: 3, ClusterSize: 16384, RefcountBits: 1, ExtendedL2: true},
+		{Version: 3, ClusterSize: 65536, RefcountBits: 16},
+	} {
+		f := conform(o)
+		f.Scripts = 20
+		f.Check = func(t testing.TB, dir *layertest.Dir, leaks bool) {
+			status, out := imgtest.QemuCheck(t, dir.Path("image.qcow2"), "qcow2")
+			if status != 0 && (status != 3 || !leaks) {
+				t.Errorf("qemu-img check: status %d\n%s", status, out)
+			}
+		}
+		t.Run(fmt.Sprintf("v%d %d ext=%v", o.Version, o.ClusterSize, o.ExtendedL2), func(t *testing.T) { layertest.Run(t, f) })
+	}
+}
