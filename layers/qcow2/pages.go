@@ -154,6 +154,9 @@ func (img *Image) pinL1Page(page int64) (*layers.Page, *tablePage, error) {
 func (img *Image) readL1Page(page int64) (any, int64, error) {
 	off := page * maxPageBytes
 	n := img.l1Entries * 8
+	if img.l1Off >= img.refreshEnd(img.f) {
+		return nil, 0, img.corrupt(img.l1Off, "L1 table", nil, "it lies behind the end of the file")
+	}
 	return img.readTable(img.l1Off+off, min(n-off, maxPageBytes), img.l1Off+n, "L1 table")
 }
 
