@@ -39,8 +39,9 @@ func (r *Readers) Exit(t Token) {
 	r.count[t>>16][t&0xffff].n.Add(-1)
 }
 
-// Wait returns when every use that had begun before the call has ended. New
-// ones may begin meanwhile. It must not be called between Enter and Exit.
+// Wait returns when every use that had begun before the call has ended; it may
+// wait for some that began during it, but never for those that begin after
+// both of its turns. It must not be called between Enter and Exit.
 func (r *Readers) Wait() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

@@ -2,6 +2,7 @@ package layers
 
 import (
 	"context"
+	"math"
 
 	"github.com/imagestack/imagestack/blockmap"
 )
@@ -40,11 +41,12 @@ func newSpans(pile *blockmap.Overlay, base int, cache *Cache) *spans {
 // instead of page by page.
 func (s *spans) add(ctx context.Context, t *blockmap.Tiler, end int64) (bool, error) {
 	from := t.Next()
+	start, n := s.regionOf(from / s.region)
 	extents, err := s.page(ctx, from/s.region)
 	if err != nil {
 		return false, err
 	}
-	pageEnd := (from/s.region + 1) * s.region
+	pageEnd := start + n
 	for i := firstEndingBehind(extents, from); i < len(extents) && extents[i].Guest < end; i++ {
 		e := extents[i]
 		if e.End() == pageEnd && end-pageEnd >= s.region {
@@ -70,6 +72,13 @@ func (s *spans) addWhole(ctx context.Context, t *blockmap.Tiler, end int64) (boo
 	return t.Add(e), nil
 }
 
+// regionOf is the start and length of the region with that number; the very
+// last one is cut off where offsets end.
+func (s *spans) regionOf(index int64) (start, n int64) {
+	start = index * s.region
+	return start, min(s.region, math.MaxInt64-start)
+}
+
 // page is the resolved region with that number.
 func (s *spans) page(ctx context.Context, index int64) ([]blockmap.Extent, error) {
 	page := s.owner.Get(index)
@@ -77,7 +86,8 @@ func (s *spans) page(ctx context.Context, index int64) ([]blockmap.Extent, error
 		// Resolving uses the same cache for the tables of the layers, hence
 		// Put; the layers do not change, so two that resolve the same region
 		// find the same.
-		found, err := s.pile.Resolve(ctx, index*s.region, s.region, nil)
+		start, n := s.regionOf(index)
+		found, err := s.pile.Resolve(ctx, start, n, nil)
 		if err != nil {
 			return nil, err
 		}

@@ -1,0 +1,138 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
+)
+
+type infoCmd struct{ image }
+
+// Run shows what is to know about a stack.
+func (c *infoCmd) Run(ctx context.Context) error {
+	report, err := open.Inspect(ctx, c.Image, c.options())
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		return cli.PrintJSON(os.Stdout, report)
+	}
+	return printReport(os.Stdout, report)
+}
+
+// printReport writes the text form: one block a layer, the top one first.
+func printReport(w io.Writer, r *open.Report) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(t, name+":\t"+format+"\n", args...) }
+	row("virtual size", "%s", size(r.VirtualSize))
+	row("layers", "%d", len(r.Layers))
+	for i, l := range r.Layers {
+		fmt.Fprintf(t, "\nlayer %d:\t%s\n", i, printable(l.Path))
+		printLayer(row, l)
+	}
+	if len(r.Snapshots) > 0 {
+		fmt.Fprintf(t, "\nsnapshots of the bundle:\n")
+		printSnapshots(t, r.Snapshots)
+	}
+	for i, l := range r.Layers {
+		if len(l.Snapshots) > 0 {
+			fmt.Fprintf(t, "\nsnapshots in layer %d:\n", i)
+			printSnapshots(t, l.Snapshots)
+		}
+	}
+	return t.Flush()
+}
+
+func printLayer(row func(name, format string, args ...any), l layers.Info) {
+	format := l.Format
+	if l.Version > 0 {
+		format = fmt.Sprintf("%s v%d", l.Format, l.Version)
+	}
+	row("  format", "%s", format)
+	row("  virtual size", "%s", size(l.VirtualSize))
+	if l.Format != "raw" {
+		row("  cluster size", "%s", size(l.ClusterSize))
+	}
+	row("  file size", "%s", size(l.FileSize))
+	row("  allocated", "%s", size(l.AllocatedSize))
+	if l.Format != "raw" {
+		used := fmt.Sprintf("%d", l.UsedClusters)
+		if l.PackedClusters > 0 {
+			used += fmt.Sprintf(" (%d compressed)", l.PackedClusters)
+		}
+		if l.ZeroClusters > 0 {
+			used += fmt.Sprintf(", %d zero", l.ZeroClusters)
+		}
+		row("  used clusters", "%s", used)
+	}
+	if l.Backing != "" {
+		row("  backing file", "%s (%s)", printable(l.Backing), orUnstated(l.BackingFormat))
+	}
+	if l.DataFile != "" {
+		row("  data file", "%s", printable(l.DataFile))
+	}
+	if len(l.Flags) > 0 {
+		row("  flags", "%s", strings.Join(l.Flags, ", "))
+	}
+	for _, name := range slices.Sorted(maps.Keys(l.Details)) {
+		row("  "+name, "%s", printable(l.Details[name]))
+	}
+	for _, b := range l.Bitmaps {
+		row("  bitmap", "%s, granularity %s %s", printable(b.Name), size(b.Granularity), strings.Join(b.Flags, " "))
+	}
+}
+
+func printSnapshots(w io.Writer, all []layers.Snapshot) {
+	fmt.Fprintln(w, "  id\tname\tvirtual size\tdate\tparent")
+	for _, s := range all {
+		date := ""
+		if s.Time != 0 {
+			date = time.Unix(s.Time, 0).UTC().Format(time.DateTime)
+		}
+		virtual := ""
+		if s.VirtualSize != 0 {
+			virtual = humanize.IBytes(uint64(s.VirtualSize))
+		}
+		mark := "  "
+		if s.Current {
+			mark = "* "
+		}
+		fmt.Fprintf(w, "%s%s\t%s\t%s\t%s\t%s\n", mark, printable(s.ID), printable(s.Name), virtual, date, printable(s.Parent))
+	}
+}
+
+// size is a number of bytes for people and for scripts.
+func size(n int64) string {
+	if n < 1024 {
+		return fmt.Sprintf("%d bytes", n)
+	}
+	return fmt.Sprintf("%s (%d bytes)", humanize.IBytes(uint64(n)), n)
+}
+
+func orUnstated(format string) string {
+	if format == "" {
+		return "format not stated"
+	}
+	return printable(format)
+}
+
+// printable makes text from an image harmless for a terminal.
+func printable(s string) string {
+	q := fmt.Sprintf("%q", s)
+	if q[1:len(q)-1] == s {
+		return s
+	}
+	return q
+}

@@ -1,0 +1,102 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
+)
+
+type mapCmd struct{ image }
+
+// mapExtent is an extent as scripts see it.
+type mapExtent struct {
+	Start  int64  `json:"start"`  // bytes of the virtual disk
+	Length int64  `json:"length"` // bytes
+	Depth  int    `json:"depth"`  // layer, 0 is the top
+	Kind   string `json:"kind"`   // data, packed or zero
+	// Host and File say where data and packed extents are stored.
+	Host *int64 `json:"host,omitempty"`
+	File string `json:"file,omitempty"`
+}
+
+// Run lists the extents of the whole stack.
+func (c *mapCmd) Run(ctx context.Context) (err error) {
+	stack, err := open.Open(ctx, c.Image, c.options())
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, stack.Close()) }()
+	out := bufio.NewWriterSize(os.Stdout, 64<<10)
+	if c.JSON {
+		err = mapJSON(ctx, out, stack)
+	} else {
+		err = mapText(ctx, out, stack)
+	}
+	return errors.Join(err, out.Flush())
+}
+
+func eachExtent(ctx context.Context, s *layers.Stack, do func(mapExtent) error) error {
+	if s.Size() == 0 {
+		return nil
+	}
+	for e, err := range blockmap.All(ctx, s, 0, s.Size()) {
+		if err != nil {
+			return err
+		}
+		m := mapExtent{Start: e.Guest, Length: e.Len, Depth: int(e.Layer), Kind: e.Kind.String()}
+		if e.Stored() {
+			m.Host = &e.Host
+			m.File = s.Layers()[e.Layer].Data().Name()
+		}
+		if err := do(m); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mapJSON writes the extents as one array, an element a line, without keeping
+// them.
+func mapJSON(ctx context.Context, w io.Writer, s *layers.Stack) error {
+	sep := "["
+	err := eachExtent(ctx, s, func(m mapExtent) error {
+		b, err := json.Marshal(m)
+		if err != nil {
+			return err
+		}
+		_, err = fmt.Fprintf(w, "%s%s", sep, b)
+		sep = ",\n"
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if sep == "[" {
+		_, err = io.WriteString(w, "[")
+	}
+	_, err2 := io.WriteString(w, "]\n")
+	return errors.Join(err, err2)
+}
+
+func mapText(ctx context.Context, w io.Writer, s *layers.Stack) error {
+	const row = "%-16s %-16s %-5v %-6s %-16s %s\n"
+	if _, err := fmt.Fprintf(w, row, "start", "length", "depth", "kind", "host", "file"); err != nil {
+		return err
+	}
+	return eachExtent(ctx, s, func(m mapExtent) error {
+		host := ""
+		if m.Host != nil {
+			host = fmt.Sprintf("%#x", *m.Host)
+		}
+		_, err := fmt.Fprintf(w, row, fmt.Sprintf("%#x", m.Start), fmt.Sprintf("%#x", m.Length), m.Depth, m.Kind, host, printable(m.File))
+		return err
+	})
+}
