@@ -64,7 +64,7 @@ func readGPT(r io.ReaderAt, size int64) ([]Partition, error) {
 			}
 		}
 	}
-	if !found {
+	if !found && len(errs) == 0 {
 		return nil, damage(512, "GPT header", nil, "the protective MBR announces a GPT, and there is none at either end of the disk")
 	}
 	return nil, errors.Join(errs...)
