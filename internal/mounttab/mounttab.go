@@ -16,10 +16,21 @@ import (
 
 // Mount is one line of the table.
 type Mount struct {
-	Dev    string // "major:minor" of the filesystem
-	Dir    string // mount point
-	Type   string // filesystem type, such as fuse.mount-image
-	Source string // device or image
+	Dev     string // "major:minor" of the filesystem
+	Dir     string // mount point
+	Type    string // filesystem type, such as fuse.mount-image
+	Source  string // device or image
+	Options string // of the filesystem, not of the mount point
+}
+
+// Option returns the value of an option of the filesystem.
+func (m Mount) Option(name string) (value string, ok bool) {
+	for opt := range strings.SplitSeq(m.Options, ",") {
+		if k, v, _ := strings.Cut(opt, "="); k == name {
+			return v, true
+		}
+	}
+	return "", false
 }
 
 // Read returns the mounts that this process sees, in the order of mounting.
@@ -39,15 +50,14 @@ func parse(r io.Reader) ([]Mount, error) {
 	lines.Buffer(nil, 1<<20)
 	for lines.Scan() {
 		head, tail, ok := strings.Cut(lines.Text(), " - ")
-		h, t := strings.Fields(head), strings.Fields(tail)
-		if !ok || len(h) < 6 || len(t) < 1 {
+		// A source may be empty, so blanks count in the tail.
+		h, t := strings.Fields(head), strings.Split(tail, " ")
+		if !ok || len(h) < 6 || len(t) < 3 {
 			return nil, fmt.Errorf("mountinfo: unknown line %q", lines.Text())
 		}
-		m := Mount{Dev: h[2], Dir: unescape(h[4]), Type: t[0]}
-		if len(t) > 1 {
-			m.Source = unescape(t[1])
-		}
-		mounts = append(mounts, m)
+		mounts = append(mounts, Mount{
+			Dev: h[2], Dir: unescape(h[4]), Type: t[0], Source: unescape(t[1]), Options: t[2],
+		})
 	}
 	return mounts, lines.Err()
 }
