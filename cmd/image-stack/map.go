@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 
 	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/layers"
@@ -44,8 +45,9 @@ func (c *mapCmd) Run(ctx context.Context) (err error) {
 }
 
 func eachExtent(ctx context.Context, s *layers.Stack, do func(mapExtent) error) error {
-	if s.Size() == 0 {
-		return nil
+	files, err := dataFiles(s)
+	if err != nil || s.Size() == 0 {
+		return err
 	}
 	for e, err := range blockmap.All(ctx, s, 0, s.Size()) {
 		if err != nil {
@@ -54,13 +56,25 @@ func eachExtent(ctx context.Context, s *layers.Stack, do func(mapExtent) error) 
 		m := mapExtent{Start: e.Guest, Length: e.Len, Depth: int(e.Layer), Kind: e.Kind.String()}
 		if e.Stored() {
 			m.Host = &e.Host
-			m.File = s.Layers()[e.Layer].Data().Name()
+			m.File = files[e.Layer]
 		}
 		if err := do(m); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// dataFiles are the absolute paths of the files that hold the layers' data.
+func dataFiles(s *layers.Stack) ([]string, error) {
+	files := make([]string, len(s.Layers()))
+	for i, l := range s.Layers() {
+		var err error
+		if files[i], err = filepath.Abs(l.Data().Name()); err != nil {
+			return nil, err
+		}
+	}
+	return files, nil
 }
 
 // mapJSON writes the extents as one array, an element a line, without keeping

@@ -84,11 +84,7 @@ func (op *opener) openBundle(xml, snapshot, named string) error {
 		if err != nil {
 			return err
 		}
-		switch {
-		case op.o.Snapshot != "":
-			return &layers.ImageError{Path: xml, Layer: 0, Offset: -1, Field: "snapshot", Value: op.o.Snapshot,
-				Err: fmt.Errorf("%w: writing to a snapshot (--scratch writes to a throw-away layer)", layers.ErrUnsupported)}
-		case named != "" && named != top[0].GUID:
+		if named != "" && named != top[0].GUID {
 			return &layers.ImageError{Path: xml, Layer: 0, Offset: -1, Field: "Snapshots/TopGUID", Value: top[0].GUID,
 				Err: fmt.Errorf("%w: only the top image of a bundle is written, others have children that depend on them", layers.ErrUnsupported)}
 		}

@@ -23,6 +23,7 @@ package open
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 
 	"github.com/imagestack/imagestack/layers"
@@ -113,6 +114,10 @@ type opener struct {
 type fileID struct{ dev, ino uint64 }
 
 func newOpener(ctx context.Context, path string, o Options) (*opener, error) {
+	if o.Writable && !o.Scratch && o.Snapshot != "" {
+		return nil, &layers.ImageError{Path: path, Layer: 0, Offset: -1, Field: "snapshot", Value: o.Snapshot,
+			Err: fmt.Errorf("%w: writing to a snapshot (--scratch writes to a throw-away layer)", layers.ErrUnsupported)}
+	}
 	if err := checkFormat(o.Format); err != nil {
 		return nil, err
 	}

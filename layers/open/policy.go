@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -95,6 +96,9 @@ func (p *policy) open(from, field, name string, writable, direct bool) (backend.
 		if abs, aerr := filepath.Abs(path); aerr != nil || !p.covers(abs) {
 			return nil, "", refuse(layers.ErrPolicy, "outside the directory of the image; --allow-path DIR permits it")
 		}
+		if errno := unix.Errno(0); !errors.As(err, &errno) {
+			return nil, "", refuse(layers.ErrPolicy, err.Error()) // a loop of links
+		}
 		return nil, "", refuse(plainCause(err), "cannot be opened")
 	}
 	for _, r := range p.roots {
@@ -120,20 +124,16 @@ func plainCause(err error) error {
 	return err
 }
 
-// covers reports whether the path, as written, lies under an allowed
-// directory.
+// covers reports whether the path, whose file cannot be found, would lie under
+// an allowed directory: its own directory if that exists, else as written.
 func (p *policy) covers(abs string) bool {
-	for _, r := range p.roots {
-		if _, ok := r.below(abs); ok {
-			return true
-		}
-		if dir, err := filepath.EvalSymlinks(filepath.Dir(abs)); err == nil {
-			if _, ok := r.below(filepath.Join(dir, filepath.Base(abs))); ok {
-				return true
-			}
-		}
+	if dir, err := filepath.EvalSymlinks(filepath.Dir(abs)); err == nil {
+		abs = filepath.Join(dir, filepath.Base(abs))
 	}
-	return false
+	return slices.ContainsFunc(p.roots, func(r root) bool {
+		_, ok := r.below(abs)
+		return ok
+	})
 }
 
 // below is the path relative to the root, when it lies under it.
