@@ -1,0 +1,5 @@
+//go:build race
+
+package ploop
+
+const raceEnabled = true // the detector allocates
