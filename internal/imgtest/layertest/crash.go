@@ -136,15 +136,21 @@ func (r *recording) examine(o backend.StateOptions) error {
 			completed = s.Completed
 			allowed = r.allowed(completed)
 		}
-		dir := NewMemDir()
-		for i, f := range s.Files {
-			dir.files[r.names[i]] = f
-		}
+		dir := r.files(s)
 		if err := r.state(dir, allowed); err != nil {
 			return fmt.Errorf("%s, %d bytes, below %d bytes: %w\n%s\nscript:\n%s", r.f.Name, r.size, len(r.below.content), err, s, r.trace(completed))
 		}
 	}
 	return nil
+}
+
+// files is the Dir of a state.
+func (r *recording) files(s *backend.State) *Dir {
+	dir := NewMemDir()
+	for i, f := range s.Files {
+		dir.files[r.names[i]] = f
+	}
+	return dir
 }
 
 func (r *recording) trace(completed int) string {

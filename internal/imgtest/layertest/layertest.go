@@ -22,6 +22,7 @@ package layertest
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"math/rand/v2"
 	"testing"
@@ -54,8 +55,12 @@ type Factory struct {
 	// of whole clusters over zeros (a fully mapped external data file).
 	KeepsPlace bool
 	// Check is the opinion of another program on the files of dir, which lies
-	// on disk (Dir.Path); leaks says whether leaked space is allowed. Optional.
-	Check func(t testing.TB, dir *Dir, leaks bool)
+	// on disk (Dir.Path). After a simulated power cut leaks are allowed, and
+	// marks of an image that was not closed. Optional.
+	Check func(t testing.TB, dir *Dir, crashed bool)
+	// Read writes what another program reads to the raw file out. The layer
+	// below is the raw file below, or nothing where that is "". Optional.
+	Read func(t testing.TB, dir *Dir, below, out string)
 	// Inspect is a checker that needs no path and no other program (the
 	// project's own fsck); it is asked after every simulated power cut.
 	// Optional.
@@ -69,6 +74,16 @@ func (f Factory) unit() int64 {
 		return f.SizeUnit
 	}
 	return 512
+}
+
+// init sets other defaults for rapid: a script that failed once is shrunk for
+// a while and printed, not kept in a file.
+func init() {
+	for name, value := range map[string]string{"rapid.shrinktime": "8s", "rapid.nofailfile": "true"} {
+		if err := flag.Set(name, value); err != nil {
+			panic(err)
+		}
+	}
 }
 
 // draw picks a number in [lo, hi].
@@ -111,8 +126,8 @@ func Run(t *testing.T, f Factory) {
 		t.Run(p.name, func(t *testing.T) { Property(t, f, p.check, p.share) })
 	}
 	t.Run("map", func(t *testing.T) { runMap(t, f) })
-	if f.Check != nil {
-		t.Run("other tools", func(t *testing.T) { runCheck(t, f) })
+	if f.Check != nil || f.Read != nil {
+		t.Run("other tools", func(t *testing.T) { runTools(t, f) })
 	}
 }
 
@@ -135,11 +150,21 @@ func Property(t *testing.T, f Factory, check property, share int) {
 		if left--; left < 0 && !failed {
 			return
 		}
-		if err := guard(func() error {
+		var drawn any // rapid ends an attempt by panicking in Draw
+		err := guard(func() error {
 			return check(f, func(label string, lo, hi int64) int64 {
+				defer func() {
+					if drawn = recover(); drawn != nil {
+						panic(drawn)
+					}
+				}()
 				return rapid.Int64Range(lo, hi).Draw(rt, label)
 			})
-		}); err != nil {
+		})
+		if drawn != nil {
+			panic(drawn)
+		}
+		if err != nil {
 			failed = true
 			rt.Fatal(err)
 		}
@@ -192,34 +217,4 @@ func runMap(t *testing.T, f Factory) {
 		}
 		return s.e, nil
 	})
-}
-
-// runCheck asks the other program about images after random scripts.
-func runCheck(t *testing.T, f Factory) {
-	for seed := range uint64(3) {
-		dir := NewOSDir(t.TempDir())
-		t.Cleanup(func() { _ = dir.Close() }) // the test is over
-		d := seeded(seed)
-		s, err := newSessionIn(f, dir, sizeFor(f, 30), drawBelow(d, f, sizeFor(f, 30)))
-		if err != nil {
-			t.Fatal(err)
-		}
-		for i := range 60 {
-			if err := s.randomChange(d); err != nil {
-				t.Fatal(err)
-			}
-			if i%20 == 19 {
-				if err := s.sync(); err != nil {
-					t.Fatal(err)
-				}
-			}
-		}
-		if err := s.finish(); err != nil {
-			t.Fatal(err)
-		}
-		f.Check(t, dir, false)
-		if t.Failed() {
-			t.Fatalf("seed %d, changes:\n%s", seed, s.trace())
-		}
-	}
 }

@@ -16,6 +16,7 @@ package maptest
 
 import (
 	"context"
+	"flag"
 	"fmt"
 	"testing"
 	"time"
@@ -24,6 +25,13 @@ import (
 
 	"github.com/imagestack/imagestack/blockmap"
 )
+
+// init lets rapid print a range that failed instead of keeping it in a file.
+func init() {
+	if err := flag.Set("rapid.nofailfile", "true"); err != nil {
+		panic(err)
+	}
+}
 
 // Truth is what the test knows about the map: the kind of the byte at a guest
 // offset inside [0, Size). nil means nothing is known.
