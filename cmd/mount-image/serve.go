@@ -213,6 +213,10 @@ type partitionJSON struct {
 
 // announce prints what was mounted, as far as it was asked for.
 func (srv *server) announce() error {
+	if srv.s.verbose {
+		srv.log.Printf("%s: %d layers, %d bytes, writable: %v, mounted on %s by process %d",
+			srv.s.image, len(srv.stack.Layers()), srv.stack.Size(), srv.stack.Writable(), srv.dir, os.Getpid())
+	}
 	if !srv.s.json {
 		if srv.loop != "" {
 			_, err := fmt.Println(srv.loop)

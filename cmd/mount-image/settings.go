@@ -18,6 +18,7 @@ type settings struct {
 	loop       bool
 	sectorSize uint32
 	json       bool
+	verbose    bool
 	log        string
 	uid, gid   uint32
 	umask      uint32
@@ -51,6 +52,13 @@ func newSettings(f *flags) (*settings, error) {
 		}
 		f.CacheSize = cli.Size(n)
 	}
+	for flag, format := range map[string]string{"format": o.Format, "backing-format": o.BackingFormat} {
+		switch format {
+		case "", "raw", "ploop", "parallels", "qcow2":
+		default:
+			return nil, fmt.Errorf("%s %q: want raw, ploop (alias parallels) or qcow2", flag, format)
+		}
+	}
 	switch o.SectorSize {
 	case 0, 512, 4096:
 	default:
@@ -63,7 +71,7 @@ func newSettings(f *flags) (*settings, error) {
 			Format: o.Format, BackingFormat: o.BackingFormat, Snapshot: o.Snapshot,
 			AllowPaths: o.AllowPath, CacheSize: int64(f.CacheSize),
 		},
-		partitions: o.Partitions, loop: o.Loop, sectorSize: o.SectorSize, json: f.JSON, log: o.Log,
+		partitions: o.Partitions, loop: o.Loop, sectorSize: o.SectorSize, json: f.JSON, verbose: f.Verbose, log: o.Log,
 		uid: uint32(os.Geteuid()), gid: uint32(os.Getegid()), umask: 0o077,
 		allowOther: o.AllowOther || o.AllowRoot,
 	}

@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -36,13 +38,21 @@ func unmount(ctx context.Context, arg string, force bool) error {
 	case m.Type != "fuse."+fusefs.Type:
 		return fmt.Errorf("%s: a filesystem of type %s is mounted there, not by mount-image", arg, m.Type)
 	}
+	if owner := ownerOf(m); owner != nil {
+		loopErr, err := detachLoops(dir, false)
+		if err != nil {
+			return err
+		}
+		return errors.Join(loopErr, unmountAs(ctx, owner, dir, force))
+	}
 	server, dead := findServer(dir)
 	defer server.close()
 
-	if err := detachLoops(dir, dead); err != nil {
+	syncErr, err := detachLoops(dir, dead)
+	if err != nil {
 		return err
 	}
-	syncErr := syncDisk(dir)
+	syncErr = errors.Join(syncErr, syncDisk(dir))
 	err = fusefs.Unmount(dir, false)
 	if errors.Is(err, unix.EBUSY) {
 		if !force && !dead {
@@ -61,24 +71,58 @@ func unmount(ctx context.Context, arg string, force bool) error {
 	return errors.Join(syncErr, server.wait(ctx, dir, force))
 }
 
-// detachLoops detaches the loop devices whose file lies in dir.
-func detachLoops(dir string, dead bool) error {
+// ownerOf returns the user whose mount this is, when it is one that even root
+// cannot look into: FUSE keeps everybody else out unless allow_other is set.
+func ownerOf(m mounttab.Mount) *syscall.Credential {
+	_, open := m.Option("allow_other")
+	uid, _ := m.Option("user_id")
+	gid, _ := m.Option("group_id")
+	u, errU := strconv.ParseUint(uid, 10, 32)
+	g, errG := strconv.ParseUint(gid, 10, 32)
+	if open || os.Geteuid() != 0 || errU != nil || errG != nil || u == 0 {
+		return nil
+	}
+	return &syscall.Credential{Uid: uint32(u), Gid: uint32(g)}
+}
+
+// unmountAs runs mount-image -u as the owner of the mount.
+func unmountAs(ctx context.Context, owner *syscall.Credential, dir string, force bool) error {
+	args := []string{"-u", dir}
+	if force {
+		args = append(args, "--force")
+	}
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
+	cmd.Args[0] = os.Args[0]
+	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
+	cmd.SysProcAttr = &unix.SysProcAttr{Credential: owner}
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.Exited() {
+		return cli.Exit(exit.ExitCode()) // it has said why
+	}
+	return err
+}
+
+// detachLoops detaches the loop devices whose file lies in dir. One that is in
+// use is an error and nothing more is done; syncErr means that one was
+// detached, but not everything written to it has arrived.
+func detachLoops(dir string, dead bool) (syncErr, err error) {
 	loops, err := loopdev.Under(dir)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for _, loop := range loops {
 		err := loopdev.Detach(loop, dead)
 		switch {
 		case errors.Is(err, loopdev.ErrBusy):
-			return cli.WithExit(cli.ExitInUse, cli.WithHint(err, "unmount what is on %s first", loop))
+			return nil, cli.WithExit(cli.ExitInUse, cli.WithHint(err, "unmount what is on %s first", loop))
 		case errors.Is(err, unix.EACCES), errors.Is(err, unix.EPERM):
-			return cli.WithExit(cli.ExitInUse, cli.WithHint(err, "%s is attached to the disk; detach it as root: losetup -d %s", loop, loop))
-		case err != nil:
-			return err
+			return nil, cli.WithExit(cli.ExitInUse,
+				cli.WithHint(err, "%s is attached to the disk; detach it as root: losetup -d %s", loop, loop))
 		}
+		syncErr = errors.Join(syncErr, err)
 	}
-	return nil
+	return syncErr, nil
 }
 
 // syncDisk makes everything durable while there is somebody to tell about a
@@ -177,4 +221,3 @@ func (p *process) exit() error {
 	}
 	return nil
 }
-
