@@ -2,6 +2,7 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"slices"
 )
@@ -169,11 +170,10 @@ func (ed *editor) free(released []release) error {
 			first = err
 		}
 	}
-	if err := ed.ref.writePages(); err != nil && first == nil {
-		// The pages stay changed and are written by the next commit.
-		return nil
-	}
-	return first
+	// Pages that cannot be written stay changed for the next commit. The
+	// changes that this one covers are durable all the same; the error is
+	// reported because the disk is in trouble.
+	return errors.Join(first, ed.ref.writePages())
 }
 
 // freeRun lowers the counts of a run of host clusters by one. Clusters that

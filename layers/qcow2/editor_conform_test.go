@@ -10,6 +10,8 @@ import (
 
 // TestConform runs the conformance kit of layers.Editor over the shapes of an
 // image that matter to the editor.
+const scripts = 400
+
 func TestConform(t *testing.T) {
 	for _, o := range []CreateOptions{
 		{Version: 3, ClusterSize: 512, RefcountBits: 64},
@@ -19,7 +21,7 @@ func TestConform(t *testing.T) {
 		{Version: 3, ClusterSize: 65536, RefcountBits: 16},
 	} {
 		f := conform(o)
-		f.Scripts = 20
+		f.Scripts = scripts
 		f.Check = func(t testing.TB, dir *layertest.Dir, leaks bool) {
 			status, out := imgtest.QemuCheck(t, dir.Path("image.qcow2"), "qcow2")
 			if status != 0 && (status != 3 || !leaks) {
