@@ -5,34 +5,40 @@ import (
 	"context"
 	"crypto/md5"
 	"encoding/binary"
+	"os"
 	"slices"
 	"strings"
 	"testing"
 
+	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/layers"
 )
 
 // withExtension appends to an image of 64 KiB clusters an extension with an
 // unknown feature and a dirty bitmap, and one cluster of its bits. The image
 // is closed as software does that keeps the bitmap up to date.
-func withExtension(b []byte) []byte {
+func withExtension(b []byte) []byte { return extended(b, 0x1234) }
+
+// extended is withExtension with another feature in front, 0 for none.
+func extended(b []byte, feature uint64) []byte {
 	le := binary.LittleEndian
 	at := len(b)
 	ext := make([]byte, k64)
 	le.PutUint64(ext, extMagic)
 	p := ext[extHead:]
-	le.PutUint64(p, 0x1234)
-	le.PutUint32(p[16:], 5) // padded to 8
-	p = p[featureHead+8:]
+	if feature != 0 {
+		le.PutUint64(p, feature)
+		le.PutUint32(p[16:], 5) // padded to 8
+		p = p[featureHead+8:]
+	}
 	le.PutUint64(p, bitmapMagic)
-	le.PutUint32(p[16:], bitmapHead+3*8)
+	le.PutUint32(p[16:], bitmapHead+8)
 	p = p[featureHead:]
 	le.PutUint64(p, uint64(16*k64/sectorSize-1))
 	copy(p[8:24], "0123456789abcdef")
 	le.PutUint32(p[24:], 128) // sectors for one bit
-	le.PutUint32(p[28:], 3)
-	le.PutUint64(p[40:], 1)
-	le.PutUint64(p[48:], uint64(at+k64)/sectorSize)
+	le.PutUint32(p[28:], 1)
+	le.PutUint64(p[32:], uint64(at+k64)/sectorSize)
 	sum := md5.Sum(ext[extHead:])
 	copy(ext[8:], sum[:])
 	b = append(b, ext...)
@@ -65,6 +71,34 @@ func TestExtensionIsReported(t *testing.T) {
 	want := []layers.Role{layers.RoleHeader, layers.RoleMap, layers.RoleData, layers.RoleData, layers.RoleData, layers.RoleExtension, layers.RoleBitmap}
 	if !slices.Equal(roles, want) || covered != int64(len(b))-k64 { // one slot is free
 		t.Errorf("roles %v covering %d of %d", roles, covered, len(b))
+	}
+}
+
+// TestExtensionInQemu: what this package takes for an extension is one for
+// QEMU, which checks its sum and its place and refuses it otherwise.
+func TestExtensionInQemu(t *testing.T) {
+	imgtest.Require(t, "qemu-img")
+	path := tempPath(t, "ext.hds")
+	for _, c := range []struct {
+		damage func([]byte) []byte
+		ok     bool
+	}{
+		{func(b []byte) []byte { return b }, true},
+		{put64(len(sample(2))+8, 1), false},
+	} {
+		if err := os.WriteFile(path, c.damage(extended(sample(2), 0)), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		exit, out := imgtest.Try(t, "qemu-img", "map", "-f", "parallels", path)
+		if (exit == 0) != c.ok {
+			t.Errorf("qemu-img map: exit %d, %s", exit, out)
+		}
+		i := openFile(t, path, false)
+		_, err := i.readExtension(i.state.extension)
+		if (err == nil) != c.ok {
+			t.Errorf("readExtension: %v", err)
+		}
+		closeImage(t, i)
 	}
 }
 
@@ -105,6 +139,16 @@ func TestDamagedExtension(t *testing.T) {
 				t.Errorf("%v, want %q", err, c.says)
 			}
 		})
+	}
+	// All clear and all set are values, not places.
+	for v := range uint64(2) {
+		i, _, err := openBytes(chainOf(put64(feature+featureHead+32, v), sum)(withExtension(sample(2))), false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if ext, err := i.readExtension(i.state.extension); err != nil || len(ext.bitmaps) != 1 || len(ext.bitmaps[0].clusters) != 0 {
+			t.Errorf("l1 entry %d: %+v, %v", v, ext, err)
+		}
 	}
 	i, _, err := openBytes(put64(at, 1)(withExtension(sample(2))), false)
 	if err != nil {

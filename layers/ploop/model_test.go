@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"encoding/binary"
+	"errors"
+	"syscall"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -257,5 +259,29 @@ func TestReleaseReuseAndTrim(t *testing.T) {
 	checkFile(t, m, false)
 	if size() != 0 {
 		t.Errorf("%d clusters left of an empty image", size())
+	}
+}
+
+// TestNoRoomForEntries: a slot that no entry can name is not allocated, and
+// the error is the one of a file that is too long.
+func TestNoRoomForEntries(t *testing.T) {
+	ctx := context.Background()
+	for version, limit := range map[int]int64{1: 1<<41 - MinCluster, 2: (1<<32 - 2) * MinCluster} {
+		m := newMem(t, CreateOptions{Size: 16 * MinCluster, ClusterSize: MinCluster, Version: version})
+		i := mustOpen(t, m, true, nil)
+		if err := i.edit.alloc.ready(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if got := i.bat.maxHost(); got != limit {
+			t.Errorf("version %d: entries reach to %#x, want %#x", version, got, limit)
+		}
+		i.edit.alloc.eof = limit - MinCluster
+		if err := i.WriteAt(ctx, make([]byte, 2*MinCluster), 0, bytesBelow(nil)); !errors.Is(err, syscall.EFBIG) {
+			t.Errorf("version %d: %v", version, err)
+		}
+		r, err := i.bat.next(0, 1)
+		if err != nil || r.host != limit-MinCluster {
+			t.Errorf("version %d: the last slot was not used: %+v, %v", version, r, err)
+		}
 	}
 }
