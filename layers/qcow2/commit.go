@@ -65,6 +65,7 @@ func (ed *editor) flush() error {
 	if err := ed.syncFile(img.f); err != nil {
 		return err
 	}
+	ed.unsynced = false
 	ed.unpin(snap)
 	for _, t := range oldTables {
 		snap.released = append(snap.released, release{hostRun: t, table: true})
@@ -158,6 +159,7 @@ func (ed *editor) free(released []release) error {
 	}
 	img := ed.img
 	img.readers.Wait()
+	ed.unsynced = true
 	var first error
 	for _, r := range released {
 		if img.external && !r.table {

@@ -47,9 +47,10 @@ type editor struct {
 	startMu sync.Mutex
 	broken  atomic.Pointer[error] // why no change is accepted any more
 
-	noPunch atomic.Bool
-	zeros   []byte // one cluster
-	bufs    sync.Pool
+	unsynced bool // counts were lowered behind the last sync; of the commit
+	noPunch  atomic.Bool
+	zeros    []byte // one cluster
+	bufs     sync.Pool
 }
 
 // pageKey is a table page: of the L1 table by its number, of an L2 table by
@@ -156,7 +157,7 @@ func (ed *editor) look(guest int64) (slot, error) {
 		return slot{}, nil
 	}
 	s := slot{owned: entry&entryCopied != 0}
-	if s.table, err = img.checkL1(index, entry); err != nil {
+	if s.table, err = img.checkL1(img.l1Off+index*8, entry); err != nil {
 		return slot{}, err
 	}
 	s.page, s.i = img.l2Slot(img.l2Index(guest))

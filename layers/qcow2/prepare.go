@@ -1,9 +1,6 @@
 package qcow2
 
-import (
-	"context"
-	"errors"
-)
+import "context"
 
 // prepare does what has to come before the first change of an image: nothing
 // of it happens at open, so an image that is opened writable and only read
@@ -21,29 +18,42 @@ func (ed *editor) prepare(ctx context.Context) error {
 	if ed.started.Load() {
 		return nil
 	}
+	err := ed.begin(ctx)
+	if err != nil {
+		// The next attempt starts over.
+		ed.ref.abandon()
+		ed.ref = newRefcounts(ed.img)
+		return err
+	}
+	ed.started.Store(true)
+	return nil
+}
+
+func (ed *editor) begin(ctx context.Context) error {
 	img := ed.img
 	if err := ed.ref.load(); err != nil {
 		return err
-	}
-	if img.hdr.Dirty() {
-		if err := ed.rebuild(ctx); err != nil {
-			return err
-		}
 	}
 	keep := uint64(0)
 	if img.external {
 		keep = autoclearRawDataFile
 	}
-	if now := img.hdr.Autoclear & keep; now != img.hdr.Autoclear {
+	now := img.hdr.Autoclear & keep
+	if now != img.hdr.Autoclear {
 		if err := putHeader64(img.f, offAutoclear, now); err != nil {
 			return err
 		}
 		if err := ed.syncFile(img.f); err != nil {
 			return err
 		}
-		img.hdr.Autoclear = now
 	}
-	ed.started.Store(true)
+	if img.hdr.Dirty() {
+		// Bitmaps still count as used here: they are stale, not freed.
+		if err := ed.rebuild(ctx); err != nil {
+			return err
+		}
+	}
+	img.hdr.Autoclear = now
 	return nil
 }
 
@@ -54,17 +64,17 @@ func (img *Image) closeEditor() error {
 	if !ed.started.Load() {
 		return nil
 	}
-	err := img.Sync(context.Background())
-	if err != nil {
+	if err := img.Sync(context.Background()); err != nil {
 		return err
 	}
-	// What the commit freed is not written for sure yet.
-	oldTables, err := ed.ref.flush(func() error { return ed.syncFile(img.f) })
-	if err == nil {
-		err = ed.syncFile(img.f)
+	// What this commit freed, and what failed allocations gave back.
+	if ed.ref.dirtyBytes() > 0 || ed.unsynced {
+		if err := ed.ref.writePages(); err != nil {
+			return err
+		}
+		if err := ed.syncFile(img.f); err != nil {
+			return err
+		}
 	}
-	if err == nil && len(oldTables) > 0 {
-		err = errors.Join(err, ed.free([]release{}))
-	}
-	return errors.Join(err, ed.ref.shrinkFile())
+	return ed.ref.shrinkFile()
 }

@@ -282,3 +282,12 @@ func (r *refcounts) undo(first, n int64) {
 		}
 	}
 }
+
+// abandon lets go of all pages without writing them.
+func (r *refcounts) abandon() {
+	for _, c := range r.dirty {
+		c.Unpin()
+	}
+	r.dirty = nil
+	r.pages.DropAll()
+}
