@@ -178,6 +178,17 @@ func Unmount(dir string, lazy bool) error {
 	return err
 }
 
+// fusermount finds fusermount3, also where there is no PATH (mount(8) clears it).
+func fusermount() string {
+	const name = "fusermount3"
+	for _, path := range []string{name, "/usr/bin/" + name, "/bin/" + name} {
+		if found, err := exec.LookPath(path); err == nil {
+			return found
+		}
+	}
+	return name
+}
+
 func unmountOnce(dir string, lazy bool) error {
 	if os.Geteuid() == 0 {
 		flags := unix.UMOUNT_NOFOLLOW
@@ -193,7 +204,7 @@ func unmountOnce(dir string, lazy bool) error {
 	if lazy {
 		args[0] = "-uz"
 	}
-	cmd := exec.Command("fusermount3", args...)
+	cmd := exec.Command(fusermount(), args...)
 	cmd.Env = append(os.Environ(), "LC_ALL=C")
 	out, err := cmd.CombinedOutput()
 	if err == nil {
