@@ -194,3 +194,6 @@ func TestFormats(t *testing.T) {
 		t.Run(f.Name, func(t *testing.T) { layertest.Run(t, f) })
 	}
 }
+
+// TestStacks piles up all formats.
+func TestStacks(t *testing.T) { layertest.RunStacks(t, formats(), 60) }

@@ -76,6 +76,9 @@ func (f Factory) unit() int64 {
 	return 512
 }
 
+// times makes long runs: -layertest.times 50.
+var times = flag.Int("layertest.times", 1, "multiply the number of random scripts by this")
+
 // init sets other defaults for rapid: a script that failed once is shrunk for
 // a while and printed, not kept in a file.
 func init() {
@@ -134,14 +137,14 @@ func Run(t *testing.T, f Factory) {
 // Property runs one random check share percent of Factory.Scripts times.
 func Property(t *testing.T, f Factory, check property, share int) {
 	t.Helper()
-	left := max(max(f.Scripts, 0), 1) * share / 100
-	if f.Scripts == 0 {
-		left = 40 * share / 100
+	left := f.Scripts
+	if left <= 0 {
+		left = 40
 	}
+	left = max(left**times*share/100, 2)
 	if testing.Short() {
-		left /= 4
+		left = max(left/4, 2)
 	}
-	left = max(left, 2)
 	failed := false
 	rapid.Check(t, func(rt *rapid.T) {
 		// rapid has one number of runs for everything; formats are many and

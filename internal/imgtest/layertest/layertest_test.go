@@ -66,3 +66,48 @@ func TestNeededSyncs(t *testing.T) {
 		t.Errorf("noticed %v, never %v; want one and two", report.Noticed, report.Never)
 	}
 }
+
+// TestWrongStacks: what a stack shows, what seeking says and whether the lower
+// layers stay as they are is really compared.
+func TestWrongStacks(t *testing.T) {
+	build := func() (*pile, func() error) {
+		d := seeded(3)
+		p := &pile{}
+		for range 3 {
+			if err := p.add(refFactory(4096, correct), d, 40_960, 3); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return p, func() error {
+			s, err := p.open(false)
+			if err != nil {
+				return err
+			}
+			if err := p.checkStack(s, d); err != nil {
+				return err
+			}
+			if err := s.Close(); err != nil {
+				return err
+			}
+			return p.lowerUnchanged()
+		}
+	}
+	if _, check := build(); check() != nil {
+		t.Errorf("a right stack: %v", check())
+	}
+	p, check := build()
+	p.model()[20_000] ^= 1
+	if check() == nil {
+		t.Error("a wrong byte is not found out")
+	}
+	p, check = build()
+	p.images[0].model[100] ^= 1
+	if check() == nil {
+		t.Error("a changed lower layer is not found out")
+	}
+	p, check = build()
+	p.top().f = refFactory(4096, readOnlyWrites)
+	if check() == nil {
+		t.Error("a write while open for reading is not found out")
+	}
+}
