@@ -113,62 +113,76 @@ func wantSnapshot(t *testing.T, image, id string, fill byte) {
 	m.unmount()
 }
 
+// mountScript mounts in a namespace of its own in which the tools under test
+// are installed: mount(8) takes PATH away from its helpers. It prints what the
+// test looks at, and unmounts. $1 is the directory of the tools, $2 the mount
+// point, $3 a command to run on the mount, and mount(8) gets the rest.
+const mountScript = `
+bin=$1 mnt=$2 command=$3
+shift 3
+mount --bind "$bin" /usr/local/bin
+mount "$@"
+cd "$mnt"
+sh -ec "$command"
+cd /
+grep " $mnt " /proc/self/mountinfo
+umount "$mnt"
+`
+
 // TestMountCommand goes through mount(8), by type and by a line of fstab.
 func TestMountCommand(t *testing.T) {
 	imgtest.RequireFuse(t)
 	imgtest.RequireRoot(t)
-	imgtest.Require(t, "mount", "umount", "mount.fuse", "qemu-img", "qemu-io")
+	imgtest.Require(t, "mount", "umount", "unshare", "mount.fuse", "qemu-img", "qemu-io")
 	dir := workDir(t)
 	image := filepath.Join(dir, "m.qcow2")
 	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", image, "16M")
-	imgtest.QemuIO(t, "qcow2", image, "write -P 7 1M 1M")
+	imgtest.QemuIO(t, "qcow2", image, "write -P 0x37 1M 1M")
 
-	fstab := filepath.Join(dir, "fstab")
-	line := func(mnt, options string) []string {
+	byType := func(mnt, options string) []string {
+		return []string{"-t", "fuse.mount-image", "-o", options, image, mnt}
+	}
+	byFstab := func(mnt, options string) []string {
+		fstab := filepath.Join(dir, "fstab")
 		text := image + " " + mnt + " fuse.mount-image " + options + ",noauto 0 0\n"
 		if err := os.WriteFile(fstab, []byte(text), 0o644); err != nil {
 			t.Fatal(err)
 		}
 		return []string{"-T", fstab, mnt}
 	}
-	byType := func(mnt, options string) []string {
-		return []string{"-t", "fuse.mount-image", "-o", options, image, mnt}
+	mount := func(t *testing.T, command string, args func(mnt, options string) []string, options string) (int, string) {
+		mnt := mountPoint(t)
+		argv := append([]string{"-m", "sh", "-ec", mountScript, "sh", binDir, mnt, command}, args(mnt, options)...)
+		return imgtest.Try(t, "unshare", argv...)
 	}
-	for name, args := range map[string]func(mnt, options string) []string{"type": byType, "fstab": line} {
+	for name, args := range map[string]func(mnt, options string) []string{"type": byType, "fstab": byFstab} {
 		t.Run(name, func(t *testing.T) {
-			mnt := mountPoint(t)
-			imgtest.Run(t, "mount", args(mnt, "ro,allow_other,uid=12,gid=34,umask=027")...)
-			m := &mounted{t: t, dir: mnt}
-			m.waitUntilServed()
-			wantBytes(t, "through mount(8)", readRange(t, m.file(), 1<<20, 4096), bytes.Repeat([]byte{7}, 4096))
-			st, err := os.Stat(m.file())
-			if err != nil {
-				t.Fatal(err)
+			exit, out := mount(t, "stat -c '%u %g %a' disk.raw; dd if=disk.raw bs=4 skip=262144 count=1 status=none; echo",
+				args, "ro,allow_other,uid=12,gid=34,umask=027")
+			if exit != 0 || !strings.HasPrefix(out, "12 34 440\n7777\n") {
+				t.Fatalf("exit %d, want owner 12, group 34, mode 440 and 7777\n%s", exit, out)
 			}
-			sys := st.Sys().(*syscall.Stat_t)
-			if sys.Uid != 12 || sys.Gid != 34 || st.Mode().Perm()&0o027 != 0 || st.Mode().Perm()&0o400 == 0 {
-				t.Errorf("uid %d, gid %d, mode %v; want 12, 34 and nothing of 027", sys.Uid, sys.Gid, st.Mode())
+			if !strings.Contains(out, "fuse.mount-image "+image+" ro") {
+				t.Errorf("the kernel does not show type, image and ro\n%s", out)
 			}
-			info := mountInfo(t, mnt)
-			if !strings.Contains(info, "fuse.mount-image") || !strings.Contains(info, image) {
-				t.Errorf("the kernel shows %q, want the type and the image", info)
+			exit, out = mount(t, "printf written | dd of=disk.raw bs=1 seek=5000000 conv=notrunc status=none", args, "rw")
+			if exit != 0 {
+				t.Fatalf("rw: exit %d\n%s", exit, out)
 			}
-			imgtest.Run(t, "umount", mnt)
-
-			mnt = mountPoint(t)
-			imgtest.Run(t, "mount", args(mnt, "rw")...)
-			m = &mounted{t: t, dir: mnt}
-			writeRange(t, m.file(), 2<<20, []byte("rw"))
-			imgtest.Run(t, "umount", mnt)
 			waitReleased(t, image)
 			if exit, out := imgtest.QemuCheck(t, image, "qcow2"); exit != 0 {
 				t.Errorf("check: exit %d\n%s", exit, out)
 			}
+			if out := imgtest.QemuIO(t, "qcow2", image, "read -v 5000000 7"); !strings.Contains(out, "77 72 69 74 74 65 6e") {
+				t.Errorf("what was written is not in the image\n%s", out)
+			}
+			imgtest.QemuIO(t, "qcow2", image, "write -z 4M 1M")
 		})
 	}
-	// What cannot be mounted is mount's failure as well.
-	if exit, out := imgtest.Try(t, "mount", byType(mountPoint(t), "no_such_option")...); exit == 0 {
-		t.Errorf("an unknown option was taken\n%s", out)
+	// What cannot be mounted is mount's failure as well, with the reason.
+	exit, out := mount(t, "true", byType, "no_such_option")
+	if exit == 0 || !strings.Contains(out, "mount-image: ") || !strings.Contains(out, "no_such_option") {
+		t.Errorf("an unknown option: exit %d\n%s", exit, out)
 	}
 }
 
@@ -182,20 +196,6 @@ func waitReleased(t *testing.T, image string) {
 		time.Sleep(20 * time.Millisecond)
 	}
 	t.Fatal("the image stays locked after umount")
-}
-
-func mountInfo(t *testing.T, point string) string {
-	t.Helper()
-	b, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(b)) {
-		if strings.Contains(line, " "+point+" ") {
-			return line
-		}
-	}
-	return ""
 }
 
 // TestSignals: SIGTERM and SIGINT make everything durable and unmount.
