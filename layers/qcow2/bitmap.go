@@ -54,14 +54,14 @@ type bitmapEntry struct {
 }
 
 // bitmapsValid reports whether the image has bitmaps that may be believed.
-func (img *Image) bitmapsValid() bool {
-	return img.hdr.Autoclear&autoclearBitmaps != 0 && img.hdr.extension(extBitmaps) != nil
+func (h *Header) bitmapsValid() bool {
+	return h.Autoclear&autoclearBitmaps != 0 && h.extension(extBitmaps) != nil
 }
 
 // bitmapDir returns the place of the bitmap directory and the number of its
 // entries.
-func (img *Image) bitmapDir() (off, size int64, n uint32, err error) {
-	e := img.hdr.extension(extBitmaps)
+func (img *Image) bitmapDir(h *Header) (off, size int64, n uint32, err error) {
+	e := h.extension(extBitmaps)
 	if len(e.Data) < bitmapsExtLen {
 		return 0, 0, 0, img.corrupt(e.Off, "bitmaps extension", nil, "it is too short")
 	}
@@ -80,9 +80,9 @@ func (img *Image) bitmapDir() (off, size int64, n uint32, err error) {
 	return int64(dirOff), int64(dirSize), n, nil
 }
 
-// eachBitmap reads the directory of valid bitmaps.
-func (img *Image) eachBitmap(ctx context.Context, do func(*bitmapEntry) error) error {
-	start, size, n, err := img.bitmapDir()
+// eachBitmap reads the directory of the valid bitmaps that h names.
+func (img *Image) eachBitmap(ctx context.Context, h *Header, do func(*bitmapEntry) error) error {
+	start, size, n, err := img.bitmapDir(h)
 	if err != nil {
 		return err
 	}

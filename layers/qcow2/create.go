@@ -149,10 +149,13 @@ func (h *Header) layout(g *geometry) (blocks, total int64, err error) {
 	return blocks, total, nil
 }
 
-// Create makes f an empty image: whatever f held is lost. The header is
-// written last, after everything that it names is durable, so that a crash
-// leaves either no image or a whole one; when Create returns nil the image is
-// durable. f may be a block device that is large enough.
+// Create makes f an empty image: whatever f held is lost. f may be a block
+// device that is large enough. When Create returns nil the image is durable.
+//
+// What f held is durably gone before anything is written, and the first sector
+// of the header is written last, after everything else is durable: a crash
+// leaves the old content, or nothing that could be taken for an image, or the
+// whole new image.
 func Create(ctx context.Context, f backend.File, o CreateOptions) error {
 	h, err := o.header()
 	if err != nil {
@@ -173,10 +176,16 @@ func Create(ctx context.Context, f backend.File, o CreateOptions) error {
 	if err := writeRefcounts(ctx, f, h, &g, blocks, total); err != nil {
 		return err
 	}
+	const sector = 512
+	if len(head) > sector {
+		if _, err := f.WriteAt(head[sector:], sector); err != nil {
+			return err
+		}
+	}
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	if _, err := f.WriteAt(head, 0); err != nil {
+	if _, err := f.WriteAt(head[:min(len(head), sector)], 0); err != nil {
 		return err
 	}
 	return f.Sync()
@@ -196,19 +205,28 @@ func (h *Header) marshalForCreate() ([]byte, error) {
 	return h.marshal()
 }
 
-// clearFile makes f read as zeros for n bytes, its first cluster durably.
+// clearFile makes f read as zeros for n bytes; what it held before is durably
+// gone.
 func clearFile(ctx context.Context, f backend.File, n int64) error {
-	err := f.Truncate(0)
-	if err == nil {
+	size, err := f.Size()
+	if err != nil {
+		return err
+	}
+	if size == 0 {
 		return f.Truncate(n)
+	}
+	err = f.Truncate(0)
+	if err == nil {
+		if err = f.Sync(); err == nil {
+			err = f.Truncate(n)
+		}
+		return err
 	}
 	if !errors.Is(err, errors.ErrUnsupported) {
 		return err
 	}
 	// A block device keeps its length and its content.
-	if size, err := f.Size(); err != nil {
-		return err
-	} else if size < n {
+	if size < n {
 		return fmt.Errorf("%s: %w: the image needs at least %d bytes", f.Name(), layers.ErrUnsupported, n)
 	}
 	const step = 8 << 20
@@ -219,8 +237,13 @@ func clearFile(ctx context.Context, f backend.File, n int64) error {
 		if err := backend.WriteZeros(f, off, min(step, n-off)); err != nil {
 			return err
 		}
+		if off == 0 {
+			if err := f.Sync(); err != nil {
+				return err
+			}
+		}
 	}
-	return f.Sync()
+	return nil
 }
 
 // writeRefcounts writes the table and the blocks in which the first total

@@ -115,6 +115,11 @@ func TestDamage(t *testing.T) {
 		{"header_length 109", "v3", func(v *victim) { v.set32(offHeaderLength, 109) }, format, "header_length"},
 		{"header_length huge", "v3", func(v *victim) { v.set32(offHeaderLength, 1<<31) }, format, "header_length"},
 		{"extension length", "v3", func(v *victim) { v.set32(int64(v.h.HeaderLength)+4, 1<<32-1) }, format, "header extension length"},
+		{"extension twice", "v3", func(v *victim) {
+			at := v.ext(extBitmaps) + 24
+			copy(v.b[at:], v.b[at-32:at])
+		}, format, "header extension type"},
+		{"encryption extension", "v3", func(v *victim) { v.set32(v.ext(extBitmaps)-8, extCrypto) }, unsupported, "full disk encryption header"},
 		{"backing name long", "v3", func(v *victim) { v.set64(offBackingOffset, 1024); v.set32(offBackingSize, 1024) }, format, "backing_file_size"},
 		{"backing name outside", "v3", func(v *victim) { v.set64(offBackingOffset, 4090); v.set32(offBackingSize, 10) }, format, "backing_file_offset"},
 		{"backing name far", "v3", func(v *victim) { v.set64(offBackingOffset, 1<<63); v.set32(offBackingSize, 10) }, format, "backing_file_offset"},
@@ -266,6 +271,19 @@ func TestWritableRefused(t *testing.T) {
 	v = newVictim(t, "v3")
 	_, err = openBytes(t, v.b, layers.OpenOptions{Writable: true, Snapshot: "before"})
 	wantImageError(t, err, layers.ErrUnsupported, "snapshot")
+}
+
+// TestDataFilePolicy: without a way to open it an external data file is
+// refused, and the caller's refusal comes through.
+func TestDataFilePolicy(t *testing.T) {
+	b := golden(t, "data.qcow2")
+	_, err := Open(context.Background(), backend.NewMemBytes("image", b), layers.OpenOptions{Path: "image"})
+	wantImageError(t, err, layers.ErrUnsupported, "external data file name")
+	_, err = Open(context.Background(), backend.NewMemBytes("image", b), layers.OpenOptions{
+		Path:     "image",
+		OpenFile: func(string, bool) (backend.File, error) { return nil, layers.ErrPolicy },
+	})
+	wantImageError(t, err, layers.ErrPolicy, "external data file name")
 }
 
 // TestReadOnlyWritesNothing: not one byte, not one call, whatever is asked,

@@ -11,7 +11,10 @@ import (
 
 // Describe implements layers.Layer. It reads the whole map.
 func (img *Image) Describe(ctx context.Context) (layers.Info, error) {
-	h := &img.hdr
+	h, err := img.header()
+	if err != nil {
+		return layers.Info{}, err
+	}
 	info := layers.Info{
 		Path:        img.o.Path,
 		Format:      "qcow2",
@@ -19,12 +22,11 @@ func (img *Image) Describe(ctx context.Context) (layers.Info, error) {
 		VirtualSize: img.size,
 		ClusterSize: img.clusterSize,
 		DataFile:    h.DataFile(),
-		Flags:       img.flags(),
-		Details:     img.details(),
+		Flags:       h.flags(),
+		Details:     h.details(),
 	}
 	p := img.Parent()
 	info.Backing, info.BackingFormat = p.Name, p.Format
-	var err error
 	if info.FileSize, err = img.f.Size(); err != nil {
 		return info, img.errorf(-1, "", nil, err)
 	}
@@ -35,7 +37,7 @@ func (img *Image) Describe(ctx context.Context) (layers.Info, error) {
 		return info, err
 	}
 	if h.NbSnapshots > 0 {
-		_, err := img.eachSnapshot(ctx, func(s *snapshotEntry) error {
+		_, err := img.eachSnapshot(ctx, h, func(s *snapshotEntry) error {
 			info.Snapshots = append(info.Snapshots, layers.Snapshot{
 				ID: s.id, Name: s.name, VirtualSize: int64(s.diskSize), VMStateSize: int64(s.vmState),
 				Time: int64(s.sec), Current: img.snapshot != "" && s.id == img.snapshot,
@@ -46,8 +48,8 @@ func (img *Image) Describe(ctx context.Context) (layers.Info, error) {
 			return info, err
 		}
 	}
-	if img.bitmapsValid() {
-		err := img.eachBitmap(ctx, func(b *bitmapEntry) error {
+	if h.bitmapsValid() {
+		err := img.eachBitmap(ctx, h, func(b *bitmapEntry) error {
 			info.Bitmaps = append(info.Bitmaps, layers.Bitmap{Name: b.name, Granularity: 1 << b.granularity, Flags: b.flagNames()})
 			return nil
 		})
@@ -85,8 +87,7 @@ func (img *Image) countClusters(ctx context.Context, info *layers.Info) error {
 }
 
 // flags are the feature bits that are set, by QEMU's names where it has some.
-func (img *Image) flags() []string {
-	h := &img.hdr
+func (h *Header) flags() []string {
 	var flags []string
 	add := func(set bool, name string) {
 		if set {
@@ -99,7 +100,7 @@ func (img *Image) flags() []string {
 	add(h.ExtendedL2(), "extended-l2")
 	add(h.HasDataFile(), "external-data-file")
 	add(h.HasDataFile() && h.RawDataFile(), "data-file-raw")
-	add(h.extension(extBitmaps) != nil && !img.bitmapsValid(), "bitmaps-stale")
+	add(h.extension(extBitmaps) != nil && !h.bitmapsValid(), "bitmaps-stale")
 	h.unknownBits(1, "compatible", h.Compatible&^compatLazyRefcounts, add)
 	h.unknownBits(2, "autoclear", h.Autoclear&^autoclearKnown, add)
 	return flags
@@ -119,8 +120,7 @@ func (h *Header) unknownBits(bitmap uint8, which string, set uint64, add func(bo
 }
 
 // details use the keys of qemu-img's format-specific information.
-func (img *Image) details() map[string]string {
-	h := &img.hdr
+func (h *Header) details() map[string]string {
 	compat := "1.1"
 	if h.Version == 2 {
 		compat = "0.10"

@@ -48,6 +48,13 @@ func (h *Header) parseExtensions(b []byte) error {
 			return fieldError(int64(off)+4, "header extension length", uint32(n),
 				fmt.Errorf("%w: extension %#x reaches behind the header", layers.ErrFormat, typ))
 		}
+		switch typ {
+		case extBackingFormat, extBitmaps, extCrypto, extDataFile:
+			// Which of two would another program believe?
+			if h.extension(typ) != nil {
+				return fieldError(int64(off), "header extension type", typ, fmt.Errorf("%w: it appears twice", layers.ErrFormat))
+			}
+		}
 		next := min(data+(n+7)&^7, end)
 		h.Extensions = append(h.Extensions, Extension{
 			Type: typ,

@@ -19,8 +19,8 @@ type Image struct {
 	f    backend.File // the image file
 	data backend.File // where Data extents lie: f, or the external data file
 	// hdr is as read at open. The editor, the only one to change it, does so
-	// under its own lock and only in fields that the read side does not use
-	// after open.
+	// in its own order; the read side takes from it what does not change, and
+	// else calls header.
 	hdr  Header
 	o    layers.OpenOptions
 	size int64 // bytes of the virtual disk, of the snapshot when one was selected
@@ -151,8 +151,15 @@ func (img *Image) Granule() int64 { return img.clusterSize }
 // Data is the file that the Host offset of Data extents refers to.
 func (img *Image) Data() backend.File { return img.data }
 
-// Header is a copy of the header as it was read at open.
-func (img *Image) Header() Header { return img.hdr }
+// header is the header as it is now. That of an image under an editor, whose
+// fields change, is read again.
+func (img *Image) header() (*Header, error) {
+	if img.ed == nil {
+		return &img.hdr, nil
+	}
+	h, err := readHeader(img.f)
+	return h, img.located(err)
+}
 
 // Close makes an editor's changes durable and releases the files.
 func (img *Image) Close() error {

@@ -50,14 +50,14 @@ type snapshotEntry struct {
 	id, name  string
 }
 
-// eachSnapshot reads the snapshot table and calls do for every entry. It
+// eachSnapshot reads the snapshot table that h names and calls do for every entry. It
 // returns the length of the table in bytes. The entries are independent of
 // each other and may be kept.
-func (img *Image) eachSnapshot(ctx context.Context, do func(*snapshotEntry) error) (int64, error) {
-	start := int64(img.hdr.SnapshotsOffset)
+func (img *Image) eachSnapshot(ctx context.Context, h *Header, do func(*snapshotEntry) error) (int64, error) {
+	start := int64(h.SnapshotsOffset)
 	off := start
 	r := bufio.NewReaderSize(io.NewSectionReader(img.f, start, math.MaxInt64-start), 16<<10)
-	for i := range img.hdr.NbSnapshots {
+	for i := range h.NbSnapshots {
 		if err := ctx.Err(); err != nil {
 			return 0, err
 		}
@@ -73,7 +73,7 @@ func (img *Image) eachSnapshot(ctx context.Context, do func(*snapshotEntry) erro
 			return 0, err
 		}
 		off += (s.len + 7) &^ 7
-		if i+1 < img.hdr.NbSnapshots {
+		if i+1 < h.NbSnapshots {
 			if _, err := r.Discard(int(-s.len & 7)); err != nil && !errors.Is(err, io.EOF) {
 				return 0, img.errorf(off, "snapshot table", nil, err)
 			}
@@ -144,7 +144,7 @@ func (img *Image) checkSnapshot(s *snapshotEntry) error {
 func (img *Image) selectSnapshot(ctx context.Context, which string) error {
 	var byID, byName *snapshotEntry
 	var known []string
-	_, err := img.eachSnapshot(ctx, func(s *snapshotEntry) error {
+	_, err := img.eachSnapshot(ctx, &img.hdr, func(s *snapshotEntry) error {
 		if s.id == which && byID == nil {
 			byID = s
 		}

@@ -13,10 +13,18 @@ import (
 // autoclear bit calls inconsistent: nobody may use those again.
 //
 // Preallocated clusters of zero entries are RoleData. VM state lies behind the
-// end of the disk and has guest offsets accordingly.
+// end of the disk and has guest offsets accordingly. An editor is synced first.
 func (img *Image) WalkHost(ctx context.Context, visit func(layers.HostRange) error) error {
 	w := walker{img: img, ctx: ctx, visit: visit}
-	h := &img.hdr
+	if img.ed != nil {
+		if err := img.Sync(ctx); err != nil {
+			return err
+		}
+	}
+	h, err := img.header()
+	if err != nil {
+		return err
+	}
 	if err := w.clusters(0, 1, layers.RoleHeader); err != nil {
 		return err
 	}
@@ -27,7 +35,7 @@ func (img *Image) WalkHost(ctx context.Context, visit func(layers.HostRange) err
 		return err
 	}
 	if h.NbSnapshots > 0 {
-		size, err := img.eachSnapshot(ctx, func(s *snapshotEntry) error {
+		size, err := img.eachSnapshot(ctx, h, func(s *snapshotEntry) error {
 			if err := img.checkSnapshot(s); err != nil {
 				return err
 			}
@@ -42,8 +50,8 @@ func (img *Image) WalkHost(ctx context.Context, visit func(layers.HostRange) err
 			return err
 		}
 	}
-	if img.bitmapsValid() {
-		return w.bitmaps()
+	if h.bitmapsValid() {
+		return w.bitmaps(h)
 	}
 	return nil
 }
@@ -165,16 +173,16 @@ func (w *walker) entry(guest int64, e *l2Entry) error {
 }
 
 // bitmaps visits the bitmap directory, the tables it names and their clusters.
-func (w *walker) bitmaps() error {
+func (w *walker) bitmaps(h *Header) error {
 	img := w.img
-	off, size, _, err := img.bitmapDir()
+	off, size, _, err := img.bitmapDir(h)
 	if err != nil {
 		return err
 	}
 	if err := w.clusters(off, size, layers.RoleBitmap); err != nil {
 		return err
 	}
-	return img.eachBitmap(w.ctx, func(b *bitmapEntry) error {
+	return img.eachBitmap(w.ctx, h, func(b *bitmapEntry) error {
 		n := int64(b.tableEntries) * 8
 		if err := w.clusters(int64(b.tableOff), n, layers.RoleBitmap); err != nil {
 			return err
