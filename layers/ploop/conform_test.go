@@ -39,27 +39,14 @@ func factory(version int) layertest.Factory {
 			}
 			return i, nil
 		},
-		Check: func(t testing.TB, dir *layertest.Dir, _ bool) {
-			path := dir.Path(imageName)
-			f, err := backend.Open(path, backend.Options{Writable: true})
-			if err != nil {
-				t.Fatal(err)
+		Check: check,
+		Read: func(t testing.TB, dir *layertest.Dir, below, out string) {
+			imgtest.Require(t, "qemu-img")
+			chain := []imgtest.Image{{Path: dir.Path(imageName), Format: "parallels"}}
+			if below != "" {
+				chain = append(chain, imgtest.Image{Path: below, Format: "raw"})
 			}
-			// The check looks at host extents, which exist once synced.
-			if err := errors.Join(f.Sync(), f.Close()); err != nil {
-				t.Fatal(err)
-			}
-			before := imgtest.SHA256File(t, path)
-			// Free slots inside the file are reported and allowed.
-			if exit, out := imgtest.PloopCheck(t, path); exit != 0 {
-				t.Errorf("ploop check: exit %d\n%s", exit, out)
-			}
-			if imgtest.SHA256File(t, path) != before {
-				t.Error("ploop check repaired something")
-			}
-			if exit, out := imgtest.QemuCheck(t, path, "parallels"); exit != 0 {
-				t.Errorf("qemu-img check: exit %d\n%s", exit, out)
-			}
+			imgtest.QemuRaw(t, "", imgtest.Chain(chain...), out)
 		},
 		Inspect: func(ctx context.Context, dir *layertest.Dir) error {
 			f, err := dir.Open(imageName, false)
@@ -82,6 +69,37 @@ func factory(version int) layertest.Factory {
 			})
 			return errors.Join(err, closedRight(ctx, i), i.Close())
 		},
+	}
+}
+
+// check asks ploop and QEMU. After a power cut the mark of an open image is to
+// be cleared and holes in unreferenced slots are to be filled; nothing else may
+// be wrong.
+func check(t testing.TB, dir *layertest.Dir, crashed bool) {
+	imgtest.Require(t, "qemu-img")
+	path := dir.Path(imageName)
+	f, err := backend.Open(path, backend.Options{Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The check looks at host extents, which exist once synced.
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	before := imgtest.SHA256File(t, path)
+	args := []string{"check", "-f", "-c", path}
+	if crashed {
+		args = []string{"check", "-f", "-c", "-d", "-S", path}
+	}
+	// Free slots inside the file are reported and allowed.
+	if exit, out := imgtest.Ploop(t, args...); exit != 0 {
+		t.Errorf("ploop check: exit %d\n%s", exit, out)
+	}
+	if !crashed && imgtest.SHA256File(t, path) != before {
+		t.Error("ploop check repaired something")
+	}
+	if exit, out := imgtest.QemuCheck(t, path, "parallels"); exit != 0 {
+		t.Errorf("qemu-img check: exit %d\n%s", exit, out)
 	}
 }
 
