@@ -3,6 +3,7 @@ package qcow2
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -96,6 +97,46 @@ func TestReadsWhatQemuWrote(t *testing.T) {
 			}
 			imgtest.QemuIO(t, "qcow2", path, cmds...)
 			sameAsQemu(t, path)
+		})
+	}
+}
+
+// TestRandomQemu compares images after random changes by QEMU, with a
+// snapshot in the middle.
+func TestRandomQemu(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	for i, o := range []string{
+		"cluster_size=512", "cluster_size=4k", "cluster_size=64k", "cluster_size=4k,compat=0.10",
+		"cluster_size=16k,extended_l2=on", "cluster_size=32k,extended_l2=on,compression_type=zstd", "cluster_size=2M",
+	} {
+		t.Run(o, func(t *testing.T) {
+			t.Parallel()
+			r := rand.New(rand.NewPCG(uint64(i), 99))
+			path := filepath.Join(t.TempDir(), "random.qcow2")
+			const size = 5<<20 + 3*512
+			imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-o", o, path, fmt.Sprint(size))
+			for half := range 2 {
+				var cmds []string
+				for range 60 {
+					n := 512 * (1 + r.IntN(1<<r.IntN(10)))
+					off := 512 * r.IntN((size-n)/512+1)
+					switch r.IntN(5) {
+					case 0:
+						cmds = append(cmds, fmt.Sprintf("write -q -z %d %d", off, n))
+					case 1:
+						cmds = append(cmds, fmt.Sprintf("write -q -z -u %d %d", off, n))
+					case 2:
+						cmds = append(cmds, fmt.Sprintf("discard -q %d %d", off, n))
+					default:
+						cmds = append(cmds, fmt.Sprintf("write -q -P %d %d %d", 1+r.IntN(255), off, n))
+					}
+				}
+				imgtest.QemuIO(t, "qcow2", path, cmds...)
+				sameAsQemu(t, path)
+				if half == 0 {
+					imgtest.QemuImg(t, "snapshot", "-c", "middle", path)
+				}
+			}
 		})
 	}
 }

@@ -22,9 +22,9 @@ func FuzzHeader(f *testing.F) {
 		if err != nil {
 			return
 		}
-		h.checkFeatures(true)
+		_ = h.checkFeatures(true)
 		g := newGeometry(h)
-		h.checkTables(&g)
+		_ = h.checkTables(&g)
 		out, err := h.marshal()
 		if err != nil {
 			return // the end mark that was missing no longer fits
@@ -96,13 +96,13 @@ func FuzzOpenLookup(f *testing.F) {
 				}
 				if e.Kind == blockmap.Packed && unpacked < 20 {
 					unpacked++
-					img.Unpack(ctx, e, cluster)
+					_ = img.Unpack(ctx, e, cluster)
 				}
 				pos = e.End()
 			}
 		}
 		visits := 0
-		img.WalkHost(ctx, func(r layers.HostRange) error {
+		_ = img.WalkHost(ctx, func(r layers.HostRange) error {
 			if r.Len <= 0 || r.Off < 0 {
 				t.Fatalf("range %+v", r)
 			}
@@ -112,7 +112,7 @@ func FuzzOpenLookup(f *testing.F) {
 			return nil
 		})
 		if len(b) < 1<<20 {
-			img.Describe(ctx)
+			_, _ = img.Describe(ctx)
 		}
 		if got := cache.Bytes(); got > cache.Budget()+64<<10 {
 			t.Fatalf("%d bytes cached", got)

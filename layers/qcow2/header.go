@@ -120,12 +120,22 @@ func (h *Header) Compression() CompressionType {
 	return Deflate
 }
 
-// Dirty and the like report feature bits.
-func (h *Header) Dirty() bool       { return h.Incompatible&incompatDirty != 0 }
-func (h *Header) Corrupt() bool     { return h.Incompatible&incompatCorrupt != 0 }
+// Dirty reports that the reference counts may be wrong.
+func (h *Header) Dirty() bool { return h.Incompatible&incompatDirty != 0 }
+
+// Corrupt reports that the image may only be read.
+func (h *Header) Corrupt() bool { return h.Incompatible&incompatCorrupt != 0 }
+
+// HasDataFile reports that guest data lies in an external data file.
 func (h *Header) HasDataFile() bool { return h.Incompatible&incompatDataFile != 0 }
-func (h *Header) ExtendedL2() bool  { return h.Incompatible&incompatExtendedL2 != 0 }
-func (h *Header) LazyRefs() bool    { return h.Compatible&compatLazyRefcounts != 0 }
+
+// ExtendedL2 reports that L2 entries carry a subcluster bitmap.
+func (h *Header) ExtendedL2() bool { return h.Incompatible&incompatExtendedL2 != 0 }
+
+// LazyRefs reports that reference counts may be updated lazily.
+func (h *Header) LazyRefs() bool { return h.Compatible&compatLazyRefcounts != 0 }
+
+// RawDataFile reports that the external data file is a raw image by itself.
 func (h *Header) RawDataFile() bool { return h.Autoclear&autoclearRawDataFile != 0 }
 
 // ClusterSize is in bytes.

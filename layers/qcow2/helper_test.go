@@ -148,7 +148,8 @@ func qemuMap(t testing.TB, path string) []mapLine {
 	return joinLines(lines)
 }
 
-// sameAsQemu compares content and map of the layer at path with QEMU's.
+// sameAsQemu compares content and map of the layer at path with QEMU's, and
+// the references with the reference counts.
 func sameAsQemu(t *testing.T, path string) {
 	t.Helper()
 	img := openRO(t, path, layers.OpenOptions{})
@@ -164,6 +165,7 @@ func sameAsQemu(t *testing.T, path string) {
 		t.Fatal(err)
 	}
 	sameBytes(t, got, want)
+	walkMatchesRefcounts(t, img)
 	ours, theirs := ourMap(t, img), qemuMap(t, path)
 	if fmt.Sprint(ours) != fmt.Sprint(theirs) {
 		t.Errorf("map differs:\n ours %v\n qemu %v", ours, theirs)
