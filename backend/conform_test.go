@@ -56,6 +56,11 @@ func implementations() []impl {
 		{"os", func(t *testing.T) File { return openTemp(t, t.TempDir(), Options{}) }},
 		{"tmpfs", func(t *testing.T) File { return openTemp(t, shmDir(t), Options{}) }},
 		{"direct", func(t *testing.T) File { return openTemp(t, t.TempDir(), Options{Direct: true}) }},
+		{"direct 4096", func(t *testing.T) File { // as where statx(2) says nothing
+			f := openTemp(t, t.TempDir(), Options{Direct: true})
+			f.(*osFile).direct.unit, f.(*osFile).direct.mem = 4096, 4096
+			return f
+		}},
 		{"mem", func(t *testing.T) File { return NewMem("mem") }},
 		{"fault", func(t *testing.T) File { return NewFault(NewMem("mem")) }},
 		{"fault over os", func(t *testing.T) File { return NewFault(openTemp(t, t.TempDir(), Options{})) }},

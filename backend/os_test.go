@@ -152,7 +152,7 @@ func TestAllocations(t *testing.T) {
 	}
 	m := NewMem("mem")
 	write(t, m, pattern(1<<20, 1), 0)
-	if n := testing.AllocsPerRun(200, func() { m.ReadAt(p, 100) }); n != 0 {
+	if n := testing.AllocsPerRun(200, func() { _, _ = m.ReadAt(p, 100) }); n != 0 {
 		t.Errorf("ReadAt of a Mem allocates %v times", n)
 	}
 }
@@ -291,4 +291,71 @@ func TestBlockDevice(t *testing.T) {
 		ok(t, f.(Locker).Lock(WriterUse, WriterUnshare))
 		ok(t, f.Close())
 	}
+}
+
+// TestVectorShort: a call that transfers less than asked for (the kernel's
+// limit is 0x7ffff000 bytes) or is interrupted is continued where it stopped.
+func TestVectorShort(t *testing.T) {
+	f := openTemp(t, t.TempDir(), Options{})
+	defer func(r, w func(int, [][]byte, int64) (int, error)) { preadv, pwritev = r, w }(preadv, pwritev)
+	calls := 0
+	less := func(do func(int, [][]byte, int64) (int, error)) func(int, [][]byte, int64) (int, error) {
+		return func(fd int, bufs [][]byte, off int64) (int, error) {
+			if calls++; calls%3 == 0 {
+				return -1, unix.EINTR
+			}
+			return do(fd, cut(bufs, calls%49+1), off)
+		}
+	}
+	preadv, pwritev = less(preadv), less(pwritev)
+	want := pattern(1000, 1)
+	parts := func(p []byte) [][]byte { return [][]byte{p[:1], p[1:1], p[1:20], p[20:500], p[500:]} }
+	calls = 0
+	if n, err := f.WritevAt(parts(want), 3); n != len(want) || err != nil {
+		t.Fatalf("%d, %v", n, err)
+	}
+	same(t, content(t, f)[3:], want)
+	got := make([]byte, len(want))
+	calls = 0
+	if n, err := f.ReadvAt(parts(got), 3); n != len(want) || err != nil {
+		t.Fatalf("%d, %v", n, err)
+	}
+	same(t, got, want)
+	if calls < 20 {
+		t.Errorf("only %d calls", calls)
+	}
+}
+
+// TestDirectExcludes: while an unaligned write is between its reading and its
+// writing, nothing else may change the file, or it would bring old bytes back;
+// nor may Size see the file before it is cut to its length.
+func TestDirectExcludes(t *testing.T) {
+	f := openTemp(t, t.TempDir(), Options{Direct: true})
+	o := f.(*osFile)
+	write(t, f, pattern(1<<16, 1), 0)
+	src := openTemp(t, t.TempDir(), Options{})
+	write(t, src, pattern(1<<16, 2), 0)
+	page := (*o.direct.pool.Get().(*[]byte))[:4096]
+	for name, op := range map[string]func() error{
+		"aligned write":   func() error { _, err := f.WriteAt(page, 4096); return err },
+		"unaligned write": func() error { _, err := f.WriteAt(page[:7], 3); return err },
+		"punch":           func() error { return f.PunchHole(8192, 4096) },
+		"zero":            func() error { return f.ZeroRange(8192, 4096) },
+		"truncate":        func() error { return f.Truncate(1 << 17) },
+		"copy":            func() error { _, err := f.CopyRange(src, 0, 0, 4096); return err },
+		"size":            func() error { _, err := f.Size(); return err },
+	} {
+		o.direct.mu.Lock()
+		done := make(chan error, 1)
+		go func() { done <- op() }()
+		select {
+		case err := <-done:
+			t.Errorf("%s did not wait (%v)", name, err)
+			o.direct.mu.Unlock()
+		case <-time.After(20 * time.Millisecond):
+			o.direct.mu.Unlock()
+			ok(t, <-done)
+		}
+	}
+	// Two unaligned writes exclude each other: see TestConcurrent.
 }

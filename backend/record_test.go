@@ -31,49 +31,50 @@ func contents(t *testing.T, r *Recorder, o StateOptions) []string {
 func TestStatesExact(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		do   func(f File)
+		do   func(t *testing.T, f File)
 		o    StateOptions
 		want []string
 	}{
-		{"nothing", func(f File) {}, StateOptions{}, []string{"base"}},
-		{"two writes", func(f File) {
-			f.WriteAt([]byte("B"), 0)
-			f.WriteAt([]byte("E"), 3)
+		{"nothing", func(t *testing.T, f File) {}, StateOptions{}, []string{"base"}},
+		{"two writes", func(t *testing.T, f File) {
+			write(t, f, []byte("B"), 0)
+			write(t, f, []byte("E"), 3)
 		}, StateOptions{}, []string{"base", "Base", "basE", "BasE"}},
-		{"a sync between", func(f File) {
-			f.WriteAt([]byte("B"), 0)
-			f.Sync()
-			f.WriteAt([]byte("E"), 3)
+		{"a sync between", func(t *testing.T, f File) {
+			write(t, f, []byte("B"), 0)
+			ok(t, f.Sync())
+			write(t, f, []byte("E"), 3)
 		}, StateOptions{}, []string{"base", "Base", "BasE"}},
-		{"the sync is ignored", func(f File) {
-			f.WriteAt([]byte("B"), 0)
-			f.Sync()
-			f.WriteAt([]byte("E"), 3)
+		{"the sync is ignored", func(t *testing.T, f File) {
+			write(t, f, []byte("B"), 0)
+			ok(t, f.Sync())
+			write(t, f, []byte("E"), 3)
 		}, StateOptions{IgnoreSync: 1}, []string{"base", "Base", "basE", "BasE"}},
-		{"order", func(f File) {
-			f.WriteAt([]byte("1"), 0)
-			f.WriteAt([]byte("2"), 0)
+		{"order", func(t *testing.T, f File) {
+			write(t, f, []byte("1"), 0)
+			write(t, f, []byte("2"), 0)
 		}, StateOptions{}, []string{"base", "1ase", "2ase"}},
-		{"growth and truncate", func(f File) {
-			f.Truncate(2)
-			f.WriteAt([]byte("X"), 5)
+		{"growth and truncate", func(t *testing.T, f File) {
+			ok(t, f.Truncate(2))
+			write(t, f, []byte("X"), 5)
 		}, StateOptions{}, []string{"base", "ba", "base\x00X", "ba\x00\x00\x00X"}},
-		{"punch and zero", func(f File) {
-			f.PunchHole(0, 1)
-			f.ZeroRange(3, 1)
+		{"punch and zero", func(t *testing.T, f File) {
+			ok(t, f.PunchHole(0, 1))
+			ok(t, f.ZeroRange(3, 1))
 		}, StateOptions{}, []string{"base", "\x00ase", "bas\x00", "\x00as\x00"}},
-		{"torn", func(f File) {
-			f.WriteAt([]byte("1234"), 1)
+		{"torn", func(t *testing.T, f File) {
+			write(t, f, []byte("1234"), 1)
 		}, StateOptions{Piece: func(int, int64) int64 { return 2 }},
 			[]string{"base", "b1se", "ba23", "b123", "base4", "b1se4", "ba234", "b1234"}},
-		{"copy", func(f File) {
-			f.CopyRange(f, 0, 2, 2)
+		{"copy", func(t *testing.T, f File) {
+			_, err := f.CopyRange(f, 0, 2, 2)
+			ok(t, err)
 		}, StateOptions{}, []string{"base", "baba"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := NewRecorder()
 			f := must(r.Wrap(NewMemBytes("mem", []byte("base"))))(t)
-			c.do(f)
+			c.do(t, f)
 			slices.Sort(c.want)
 			if got := contents(t, r, c.o); !slices.Equal(got, c.want) {
 				t.Errorf("got %q, want %q", got, c.want)
@@ -148,8 +149,9 @@ func TestStatesMany(t *testing.T) {
 				continue
 			}
 			var set []byte
+			b := s.Files[0].Bytes()
 			for i := range n {
-				set = append(set, '0'+s.Files[0].Bytes()[(i+1)*4096])
+				set = append(set, '0'+b[(i+1)*4096])
 			}
 			if sets[string(set)] {
 				t.Errorf("%s comes twice", set)
@@ -266,7 +268,7 @@ func check(f File) (uint32, error) {
 }
 
 // verdict runs put four times and judges all states.
-func verdict(t *testing.T, o StateOptions, skip int, over File) (states int, bad error, syncs int) {
+func verdict(t *testing.T, o StateOptions, skip int, over File) (states, syncs int, bad error) {
 	t.Helper()
 	r := NewRecorder()
 	s := shadow{f: must(r.Wrap(over))(t)}
@@ -293,27 +295,45 @@ func verdict(t *testing.T, o StateOptions, skip int, over File) (states int, bad
 			bad = fmt.Errorf("%s: %w", st, err)
 		}
 	}
-	return states, bad, r.SyncCalls()
+	return states, r.SyncCalls(), bad
 }
 
 // TestNegativeControl: the right protocol survives every state; without any
 // one of its syncs the states show the damage.
 func TestNegativeControl(t *testing.T) {
-	states, bad, syncs := verdict(t, StateOptions{}, 0, NewMem("mem"))
+	states, syncs, bad := verdict(t, StateOptions{}, 0, NewMem("mem"))
 	if bad != nil || syncs != 8 || states != 4*(4+2)+1 {
 		t.Fatalf("%d states, %d syncs, %v", states, syncs, bad)
 	}
 	for n := 1; n <= syncs; n++ {
-		if _, bad, _ := verdict(t, StateOptions{IgnoreSync: n}, 0, NewMem("mem")); bad == nil {
+		if _, _, bad := verdict(t, StateOptions{IgnoreSync: n}, 0, NewMem("mem")); bad == nil {
 			t.Errorf("sync %d ignored, and nobody noticed", n)
 		}
 	}
 	for skip := 1; skip <= 2; skip++ {
-		if _, bad, _ := verdict(t, StateOptions{}, skip, NewMem("mem")); bad == nil {
+		if _, _, bad := verdict(t, StateOptions{}, skip, NewMem("mem")); bad == nil {
 			t.Errorf("sync %d of each put left out, and nobody noticed", skip)
 		}
 	}
-	if _, bad, _ := verdict(t, StateOptions{}, 0, openTemp(t, t.TempDir(), Options{})); bad != nil {
+	if _, _, bad := verdict(t, StateOptions{}, 0, openTemp(t, t.TempDir(), Options{})); bad != nil {
 		t.Errorf("over a file of the system: %v", bad)
+	}
+}
+
+// TestStatesShortWrite: of a write that failed, what was written counts.
+func TestStatesShortWrite(t *testing.T) {
+	fault := NewFault(NewMemBytes("mem", []byte("base")))
+	r := NewRecorder()
+	f := must(r.Wrap(fault))(t)
+	fault.Inject(Rule{On: OpWrite, Short: 2, Sticky: true, Err: unix.ENOSPC})
+	_, err := f.WriteAt([]byte("1234"), 0)
+	wantErr(t, err, unix.ENOSPC)
+	if got, want := contents(t, r, StateOptions{}), []string{"12se", "base"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	_, err = f.WritevAt([][]byte{[]byte("5"), []byte("678")}, 2)
+	wantErr(t, err, unix.ENOSPC)
+	if got, want := contents(t, r, StateOptions{}), []string{"1256", "12se", "ba56", "base"}; !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }

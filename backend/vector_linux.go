@@ -11,6 +11,9 @@ import (
 // iovMax is IOV_MAX of Linux (UIO_MAXIOV): more buffers in one call are EINVAL.
 const iovMax = 1024
 
+// The system calls; tests put others here that transfer less than asked for.
+var preadv, pwritev = unix.Preadv, unix.Pwritev
+
 // vector is one preadv or pwritev. It is pooled together with its closure,
 // so that a request does not allocate.
 type vector struct {
@@ -27,9 +30,9 @@ var vectors = sync.Pool{New: func() any {
 	v.call = func(fd uintptr) {
 		for {
 			if v.write {
-				v.n, v.err = unix.Pwritev(int(fd), v.bufs, v.off)
+				v.n, v.err = pwritev(int(fd), v.bufs, v.off)
 			} else {
-				v.n, v.err = unix.Preadv(int(fd), v.bufs, v.off)
+				v.n, v.err = preadv(int(fd), v.bufs, v.off)
 			}
 			if v.err != unix.EINTR {
 				return
