@@ -341,3 +341,62 @@ func TestCreateBundle(t *testing.T) {
 		t.Errorf("second bundle in the same place: %v", err)
 	}
 }
+
+// TestShortBase: ploop grows the top of a bundle only; behind the end of the
+// lower images it reads as zeros, and a writer fills up with zeros there.
+func TestShortBase(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	ctx := context.Background()
+	dir := t.TempDir()
+	images := imgtest.PloopBundle(t, dir, "expanded", 2, 10<<20, 2)
+	xml := filepath.Join(dir, DescriptorName)
+	imgtest.QemuIO(t, "", imgtest.Chain(images[1]), "write -P 5 8M 2M")
+	imgtest.PloopRun(t, "grow", "-s", "14M", xml)
+	d, err := ReadDescriptor(xml)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := d.Chain("")
+	if err != nil || d.Size() != 14<<20 {
+		t.Fatalf("%d, %v", d.Size(), err)
+	}
+	base := openFile(t, images[1].Path, false)
+	defer closeImage(t, base)
+	top := openFile(t, images[0].Path, true)
+	if top.Size() != 14<<20 || base.Size() != 10<<20 {
+		t.Errorf("sizes %d and %d", top.Size(), base.Size())
+	}
+	for k, i := range []*Image{top, base} {
+		if err := d.CheckImage(chain[k], i.Size(), i.Granule()); err != nil {
+			t.Error(err)
+		}
+	}
+	below := bytesBelow(stack{base}.content(t, nil))
+	for _, off := range []int64{9<<20 + 600000, 11<<20 + 5, 14<<20 - 100} {
+		if err := top.WriteAt(ctx, imgtest.PatternBytes(1, off, 100), off, below); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := top.ZeroAt(ctx, 8<<20+10, 1<<20+10, true, below); err != nil {
+		t.Fatal(err)
+	}
+	want := stack{top, base}.content(t, nil)
+	closeImage(t, top)
+	judge(t, images[0].Path)
+	sameBytes(t, "QEMU's view", rawOf(t, "", imgtest.Chain(images...)), want)
+	imgtest.PloopRun(t, "snapshot-merge", xml)
+	d, err = ReadDescriptor(xml)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if chain, err = d.Chain(""); err != nil || len(chain) != 1 {
+		t.Fatalf("%v, %v", chain, err)
+	}
+	name := chain[0].File
+	if !filepath.IsAbs(name) {
+		name = filepath.Join(dir, name)
+	}
+	merged := openFile(t, name, false)
+	defer closeImage(t, merged)
+	sameBytes(t, "merged by ploop", stack{merged}.content(t, nil), want)
+}
