@@ -1,0 +1,123 @@
+package open_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
+	"github.com/imagestack/imagestack/layers/ploop"
+	"github.com/imagestack/imagestack/layers/qcow2"
+)
+
+// seeds are small images of all formats with some content.
+func seeds(f *testing.F) [][]byte {
+	ctx := context.Background()
+	var all [][]byte
+	add := func(m *backend.Mem, l layers.Editor, err error) {
+		if err != nil {
+			f.Fatal(err)
+		}
+		s, err := layers.NewStack([]layers.Layer{l}, layers.StackOptions{Writable: true})
+		if err != nil {
+			f.Fatal(err)
+		}
+		_, err = s.WriteAt(ctx, imgtest.PatternBytes(1, 0, 5000), 10_000)
+		err = errors.Join(err, s.ZeroAt(ctx, 11_000, 70_000, true), s.Sync(ctx))
+		if err != nil {
+			f.Fatal(err)
+		}
+		b, err := io.ReadAll(io.NewSectionReader(m, 0, 1<<20))
+		if err = errors.Join(err, s.Close()); err != nil {
+			f.Fatal(err)
+		}
+		all = append(all, b)
+	}
+	for _, o := range []qcow2.CreateOptions{
+		{ClusterSize: 512}, {ClusterSize: 4096, Version: 2}, {ClusterSize: 16384, ExtendedL2: true}, {ClusterSize: 4096, RefcountBits: 1},
+	} {
+		m := backend.NewMem("seed")
+		o.Size = 1 << 18
+		if err := qcow2.Create(ctx, m, o); err != nil {
+			f.Fatal(err)
+		}
+		l, err := qcow2.Open(ctx, m, layers.OpenOptions{Writable: true})
+		add(m, l, err)
+	}
+	for _, v := range []int{1, 2} {
+		m := backend.NewMem("seed")
+		if err := ploop.Create(ctx, m, ploop.CreateOptions{Size: 1 << 18, ClusterSize: 32768, Version: v}); err != nil {
+			f.Fatal(err)
+		}
+		l, err := ploop.Open(ctx, m, layers.OpenOptions{Writable: true})
+		add(m, l, err)
+	}
+	return append(all, nil, []byte("raw"), []byte("KDMV"))
+}
+
+// FuzzImage gives any bytes to the tools' entry: opening and reading them
+// ends, in bounded time, with content or an error, and changes nothing; so
+// does changing them, except that then the file may change.
+func FuzzImage(f *testing.F) {
+	for _, s := range seeds(f) {
+		f.Add(s, false)
+		f.Add(s, true)
+	}
+	f.Fuzz(func(t *testing.T, image []byte, change bool) {
+		ctx := context.Background()
+		path := filepath.Join(t.TempDir(), "image")
+		if err := os.WriteFile(path, image, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		s, err := open.Open(ctx, path, open.Options{CacheSize: 1 << 20, Writable: change})
+		if err == nil {
+			exercise(ctx, t, s, change)
+			err = s.Close()
+			if err != nil && !change {
+				t.Errorf("closing: %v", err)
+			}
+		}
+		if _, err := open.Inspect(ctx, path, open.Options{}); err != nil && err.Error() == "" {
+			t.Error("an error without words")
+		}
+		if d := time.Since(begin); d > 5*time.Second {
+			t.Errorf("took %v", d)
+		}
+		if after, err := os.ReadFile(path); !change && (err != nil || !bytes.Equal(after, image)) {
+			t.Errorf("a read-only open changed the file (%v)", err)
+		}
+	})
+}
+
+// exercise reads both ends and some middle of the disk, and changes it.
+func exercise(ctx context.Context, t *testing.T, s *layers.Stack, change bool) {
+	buf := make([]byte, 300_000)
+	for _, off := range []int64{0, s.Size() / 2, s.Size() - int64(len(buf))} {
+		off = max(off, 0)
+		n, err := s.ReadAt(ctx, buf, off)
+		if n < len(buf) && err == nil {
+			t.Fatalf("read of %d bytes at %d: short without an error", n, off)
+		}
+		if !change {
+			continue
+		}
+		n = int(min(s.Size()-off, 20_000))
+		if _, err := s.WriteAt(ctx, buf[:n], off); err == nil && n > 0 {
+			got := make([]byte, n)
+			if _, err := s.ReadAt(ctx, got, off); err != nil && !errors.Is(err, io.EOF) || !bytes.Equal(got, buf[:n]) {
+				t.Fatalf("what was written at %d does not read back: %v", off, err)
+			}
+		}
+		_ = s.ZeroAt(ctx, off, min(s.Size()-off, 200_000), true) // may fail on damage
+		_ = s.Sync(ctx)
+	}
+}
