@@ -1,6 +1,7 @@
 package qcow2
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -126,6 +127,7 @@ func TestDamage(t *testing.T) {
 		{"backing name in header", "v3", func(v *victim) { v.set64(offBackingOffset, 8); v.set32(offBackingSize, 10) }, format, "backing_file_offset"},
 		{"extended L2 of 4K", "v3", func(v *victim) { v.or(offIncompatible, incompatExtendedL2) }, format, "cluster_bits"},
 		{"data file unnamed", "v3", func(v *victim) { v.or(offIncompatible, incompatDataFile) }, unsupported, "external data file name"},
+		{"L1 larger than needed", "v3", func(v *victim) { v.set64(offSize, 5000); v.set32(offNbSnapshots, 0) }, nil, ""},
 		// L1.
 		{"L1 unaligned", "v3", func(v *victim) { v.set64(v.l1, v.get64(v.l1)+0xa00) }, corrupt, "L1 entry"},
 		{"L1 low bit", "v3", func(v *victim) { v.or(v.l1, 1) }, corrupt, "L1 entry"},
@@ -223,6 +225,34 @@ func TestDamage(t *testing.T) {
 			wantImageError(t, err, c.class, c.field)
 		})
 	}
+}
+
+// TestTablesWithoutEnd: a small file in which one L2 table is named so often
+// that to walk through it all would take very long.
+func TestTablesWithoutEnd(t *testing.T) {
+	f := backend.NewMem("image")
+	ctx := context.Background()
+	if err := Create(ctx, f, CreateOptions{Size: 1 << 61, ClusterSize: 2 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	end, _ := f.Size()
+	img, err := Open(ctx, f, layers.OpenOptions{Path: "image"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var entry [8]byte
+	binary.BigEndian.PutUint64(entry[:], uint64(end))
+	table := bytes.Repeat(entry[:], 100)
+	if _, err := f.WriteAt(table, img.l1Off); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Truncate(end + 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	_, err = img.Describe(ctx)
+	wantImageError(t, err, layers.ErrCorrupt, "L1 entry")
+	err = img.WalkHost(ctx, func(layers.HostRange) error { return nil })
+	wantImageError(t, err, layers.ErrCorrupt, "L1 entry")
 }
 
 // TestUnknownFeatureIsNamed: by the image's own table, else by number.

@@ -62,11 +62,12 @@ func (img *Image) Describe(ctx context.Context) (layers.Info, error) {
 
 // countClusters counts the guest clusters of the disk by what is recorded.
 func (img *Image) countClusters(ctx context.Context, info *layers.Info) error {
+	tables := tableCount{img: img}
 	return img.eachL1(ctx, func(i, at int64, entry uint64) error {
 		if entry&^entryCopied == 0 || img.size == 0 || i > img.l1Index(img.size-1) {
 			return nil
 		}
-		table, err := img.checkL1(at, entry)
+		table, err := tables.next(at, entry)
 		if err != nil {
 			return err
 		}

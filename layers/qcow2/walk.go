@@ -139,11 +139,12 @@ func (w *walker) mapping(off, entries int64) error {
 	if err := w.clusters(off, entries*8, role); err != nil {
 		return err
 	}
+	tables := tableCount{img: img}
 	l1 := func(i, at int64, entry uint64) error {
 		if entry&^entryCopied == 0 {
 			return nil
 		}
-		table, err := img.checkL1(at, entry)
+		table, err := tables.next(at, entry)
 		if err != nil {
 			return err
 		}
@@ -202,6 +203,21 @@ func (w *walker) bitmaps(h *Header) error {
 			return w.clusters(int64(host), img.clusterSize, layers.RoleBitmap)
 		})
 	})
+}
+
+// tableCount notices an L1 table that names more L2 tables than the file has
+// clusters, before a walk through a small file takes days.
+type tableCount struct {
+	img *Image
+	n   int64
+}
+
+// next is Image.checkL1 for one more entry.
+func (c *tableCount) next(at int64, entry uint64) (int64, error) {
+	if c.n++; c.n > c.img.imageEnd.Load()>>c.img.clusterBits+1 && c.n > c.img.refreshEnd(c.img.f)>>c.img.clusterBits+1 {
+		return 0, c.img.corrupt(at, "L1 entry", entry, "the L1 table names more L2 tables than the file has clusters")
+	}
+	return c.img.checkL1(at, entry)
 }
 
 // eachL1 calls do for every entry of the L1 table in use that is not 0.
