@@ -255,7 +255,7 @@ func TestKilledWithLoop(t *testing.T) {
 				t.Fatal("no loop device")
 			}
 			imgtest.Run(t, "mkfs.ext4", "-q", "-F", m.loop)
-			mnt, umount := mountGuest(t, m.loop, "rw")
+			mnt, _ := mountGuest(t, m.loop, "rw")
 			want := imgtest.PatternBytes(6, 0, 1<<20)
 			writeNew(t, filepath.Join(mnt, "synced"), want)
 			m.kill()
@@ -268,7 +268,7 @@ func TestKilledWithLoop(t *testing.T) {
 			f.check(t, image, true)
 
 			m = mountImage(t, image, "-w", "--loop")
-			mnt, umount = mountGuest(t, m.loop, "rw") // replays the journal
+			mnt, umount := mountGuest(t, m.loop, "rw") // replays the journal
 			got, err := os.ReadFile(filepath.Join(mnt, "synced"))
 			if err != nil {
 				t.Fatal(err)
