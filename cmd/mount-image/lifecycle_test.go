@@ -368,6 +368,27 @@ if grep "$1" /proc/self/mounts | grep fuse.mount; then echo still mounted; fi
 	holds(t, home+"/disk.qcow2", []byte("hello"), 0)
 }
 
+// Nobody listens to what is printed: an error, and no mount without a server.
+func TestBrokenStdout(t *testing.T) {
+	_, path := qcow2Image(t)
+	dir := mountDir(t)
+	for _, flags := range [][]string{{"--json"}, {"-f", "--json"}} {
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = r.Close()
+		cmd := command(append(flags, path, dir)...)
+		cmd.Stdout = w
+		err = cmd.Run()
+		_ = w.Close()
+		if cmd.ProcessState.ExitCode() != 1 {
+			t.Errorf("%q: %v", flags, err)
+		}
+		unmounted(t, dir)
+	}
+}
+
 // A loop device that is not ours to detach is left alone, and said so.
 func TestForeignLoop(t *testing.T) {
 	imgtest.RequireLoop(t)

@@ -8,6 +8,7 @@ import (
 	"log"
 	"log/syslog"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"time"
 
@@ -36,6 +37,8 @@ type server struct {
 
 // serve mounts the image and serves it until it is unmounted or ctx ends.
 func serve(ctx context.Context, s *settings, daemon *cli.Daemon) (err error) {
+	// Nobody reading what we print must not be the end of the mount.
+	signal.Ignore(unix.SIGPIPE)
 	srv := &server{s: s, log: log.New(os.Stderr, "mount-image: ", 0)}
 	if srv.dir, err = mountPoint(s.dir); err != nil {
 		return err

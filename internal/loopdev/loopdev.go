@@ -97,13 +97,16 @@ func Detach(name string, dead bool) error {
 	if err != nil {
 		return err
 	}
+	if _, err := unix.IoctlLoopGetStatus64(int(dev.Fd())); errors.Is(err, unix.ENXIO) {
+		return dev.Close() // somebody else was quicker
+	}
 	syncErr := unix.Fsync(int(dev.Fd()))
 	if dead {
 		syncErr = nil
 	}
 	err = unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0)
 	_ = dev.Close()
-	if err != nil && !errors.Is(err, unix.ENXIO) { // ENXIO: detached already
+	if err != nil && !errors.Is(err, unix.ENXIO) {
 		return fmt.Errorf("detaching %s: %w", name, err)
 	}
 	if err := waitDetached(name); err != nil {
