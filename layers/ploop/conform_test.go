@@ -121,11 +121,15 @@ func closedRight(ctx context.Context, i *ploop.Image) error {
 
 func TestConformV1(t *testing.T) {
 	f := factory(1)
-	f.Scripts = 10
+	f.Scripts = 6
 	layertest.Run(t, f)
 }
 
-func TestConformV2(t *testing.T) { layertest.Run(t, factory(2)) }
+func TestConformV2(t *testing.T) {
+	f := factory(2)
+	f.Scripts = 30
+	layertest.Run(t, f)
+}
 
 // TestEverySyncIsNeeded is the negative control of the power-cut check. The
 // sync of Close before the header is for files with a ragged tail, which these

@@ -174,7 +174,7 @@ func TestWriteForTheOthers(t *testing.T) {
 		{Size: 12 << 20, ClusterSize: 64 << 10, Version: 2},
 		{Size: 12 << 20, Version: 1},
 		{Size: 12 << 20, Version: 2},
-		{Size: 128 << 20, ClusterSize: 64 << 20, Version: 2},
+		{Size: 64 << 20, ClusterSize: 64 << 20, Version: 2},
 	} {
 		t.Run(fmt.Sprintf("%dK-v%d", c.defaults().ClusterSize>>10, c.Version), func(t *testing.T) {
 			path := tempPath(t, "w.hds")
