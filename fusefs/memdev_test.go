@@ -3,6 +3,7 @@ package fusefs
 import (
 	"context"
 	"io"
+	"os"
 	"sync"
 	"testing"
 
@@ -142,6 +143,7 @@ func (d *memDevice) set(f func()) {
 // mounted mounts dev for the time of a test and returns the path of disk.raw.
 func mounted(t *testing.T, dev Device, o Options) (*Server, string) {
 	t.Helper()
+	o.UID, o.GID = uint32(os.Geteuid()), uint32(os.Getegid())
 	fs, err := New(dev, o)
 	if err != nil {
 		t.Fatal(err)
