@@ -259,3 +259,36 @@ func TestOddSizesAreReadOnly(t *testing.T) {
 		t.Errorf("writable: %v", err)
 	}
 }
+
+// TestWrongEmptyFlag: readers do not need CIF_Empty, and the first writer puts
+// it right, in both directions.
+func TestWrongEmptyFlag(t *testing.T) {
+	ctx := context.Background()
+	i, m, err := openBytes(put32(offFlags, flagEmpty)(sample(2)), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.f = keep{m}
+	if ext, err := i.Lookup(ctx, 0, k64, nil); err != nil || ext[0].Host == 0 {
+		t.Errorf("%v, %v", ext, err)
+	}
+	if err := i.WriteAt(ctx, []byte{1}, 0, bytesBelow(nil)); err != nil {
+		t.Fatal(err)
+	}
+	closeImage(t, i)
+	checkFile(t, m, true)
+	i, m, err = openBytes(rawImage(2, k64, 16*k64, nil, 0), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	i.f = keep{m}
+	if _, err := m.WriteAt(make([]byte, 4), offFlags); err != nil {
+		t.Fatal(err)
+	}
+	i.state.flags = 0
+	if err := i.ZeroAt(ctx, 0, 1, true, bytesBelow(nil)); err != nil {
+		t.Fatal(err)
+	}
+	closeImage(t, i)
+	checkFile(t, m, false)
+}
