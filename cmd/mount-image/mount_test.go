@@ -373,3 +373,57 @@ func TestRefusals(t *testing.T) {
 	want(t, 0, "-u", oddDir)
 	unmounted(t, oddDir)
 }
+
+func TestSnapshot(t *testing.T) {
+	raw, path := qcow2Image(t)
+	imgtest.QemuImg(t, "snapshot", "-c", "before", path)
+	imgtest.QemuIO(t, "qcow2", path, "write -P 7 0 4M")
+	dir := mountDir(t)
+	for _, flags := range [][]string{{"--snapshot", "before"}, {"--snapshot", "1"}, {"-o", "ro,snapshot=before"}} {
+		want(t, 0, append(flags, path, dir)...)
+		imgtest.SameContent(t, raw, disk(dir))
+		want(t, 0, "-u", dir)
+	}
+	want(t, 0, path, dir)
+	head := make([]byte, 4<<20)
+	f, err := os.Open(disk(dir))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.ReadAt(head, 0); err != nil || !bytes.Equal(head, bytes.Repeat([]byte{7}, len(head))) {
+		t.Errorf("the active state: %v", err)
+	}
+	_ = f.Close()
+	want(t, 0, "-u", dir)
+	want(t, 0, "--scratch", "--snapshot", "before", path, dir)
+	imgtest.SameContent(t, raw, disk(dir))
+	want(t, 0, "-u", dir)
+}
+
+// A bundle, named by its directory and by its descriptor, written here and
+// read by qemu-img layer over layer, then checked by ploop's own tool.
+func TestPloopBundle(t *testing.T) {
+	imgtest.RequirePloop(t)
+	bundle := t.TempDir()
+	images := imgtest.PloopBundle(t, bundle, "expanded", 2, 64<<20, 3)
+	dir := mountDir(t)
+	data := imgtest.PatternBytes(4, 0, 5<<20)
+	want(t, 0, "-w", bundle, dir)
+	writeDisk(t, dir, data, 3<<20+12345)
+	want(t, 0, "-u", dir)
+	unmounted(t, dir)
+	out := filepath.Join(t.TempDir(), "out")
+	imgtest.QemuRaw(t, "", imgtest.Chain(images...), out)
+	got, err := os.ReadFile(out)
+	if err != nil || !bytes.Equal(got[3<<20+12345:][:len(data)], data) {
+		t.Errorf("qemu-img reads something else (%v)", err)
+	}
+	want(t, 0, filepath.Join(bundle, "DiskDescriptor.xml"), dir)
+	imgtest.SameContent(t, out, disk(dir))
+	want(t, 0, "-u", dir)
+	for _, image := range images {
+		if exit, out := imgtest.PloopCheck(t, image.Path); exit != 0 {
+			t.Errorf("ploop check: %d %s", exit, out)
+		}
+	}
+}
