@@ -20,6 +20,13 @@ func workDir(t *testing.T) string {
 	t.Helper()
 	dir := t.TempDir()
 	t.Cleanup(func() {
+		// The loop device of mount -o loop goes a moment after its mount.
+		for range 100 {
+			if len(mountsUnder(dir)) == 0 && len(loopsUnder(dir)) == 0 {
+				return
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
 		if left := sweep(dir); len(left) > 0 && !t.Failed() {
 			t.Errorf("left behind: %q", left)
 		}
