@@ -43,8 +43,8 @@ func (r *refcounts) allocate(want int64) (run hostRun, fresh bool, err error) {
 	return hostRun{}, false, err
 }
 
-// cannotGrow tells errors after which looking further for free clusters may
-// help.
+// cannotGrow tells errors after which a smaller step, or looking further for
+// free clusters, may help.
 func cannotGrow(err error) bool {
 	return errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.EINVAL) ||
 		errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EFBIG) || errors.Is(err, syscall.EDQUOT)
@@ -207,7 +207,7 @@ func (r *refcounts) extend(end int64) error {
 	}
 	want := (max(need, r.fileEnd+growStep) + r.img.clusterSize - 1) &^ (r.img.clusterSize - 1)
 	err := r.img.f.Truncate(want)
-	if err != nil && want != need { // a limit may be nearer than the step
+	if cannotGrow(err) && want != need { // a limit may be nearer than the step
 		want = need
 		err = r.img.f.Truncate(want)
 	}
