@@ -214,7 +214,7 @@ func TestKilled(t *testing.T) {
 		if !loop {
 			_ = f.Close()
 		}
-		o := want(t, 3, path, dir)
+		o := want(t, 1, path, dir)
 		contains(t, "mounting over a dead mount", o.stderr, "-u "+dir)
 		want(t, 0, "-u", dir)
 		_ = f.Close()
@@ -366,6 +366,38 @@ if grep "$1" /proc/self/mounts | grep fuse.mount; then echo still mounted; fi
 		t.Errorf("exit %d\n%s%s", o.exit, o.stdout, o.stderr)
 	}
 	holds(t, home+"/disk.qcow2", []byte("hello"), 0)
+}
+
+// Of many who mount on one directory at once, one succeeds.
+func TestMountRace(t *testing.T) {
+	_, path := qcow2Image(t)
+	dir := mountDir(t)
+	exits := make(chan outcome)
+	const n = 6
+	for range n {
+		go func() {
+			cmd := command(path, dir)
+			var errOut bytes.Buffer
+			cmd.Stderr = &errOut
+			_ = cmd.Run()
+			exits <- outcome{exit: cmd.ProcessState.ExitCode(), stderr: errOut.String()}
+		}()
+	}
+	won := 0
+	for range n {
+		switch o := <-exits; o.exit {
+		case 0:
+			won++
+		case 3:
+		default:
+			t.Errorf("exit %d %s", o.exit, o.stderr)
+		}
+	}
+	if won != 1 {
+		t.Errorf("%d have won", won)
+	}
+	want(t, 0, "-u", dir)
+	unmounted(t, dir)
 }
 
 // Nobody listens to what is printed: an error, and no mount without a server.

@@ -40,6 +40,11 @@ func serve(ctx context.Context, s *settings, daemon *cli.Daemon) (err error) {
 	// Nobody reading what we print must not be the end of the mount.
 	signal.Ignore(unix.SIGPIPE)
 	srv := &server{s: s, log: log.New(os.Stderr, "mount-image: ", 0)}
+	dir, err := lockDir(s.dir)
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
 	if srv.dir, err = mountPoint(s.dir); err != nil {
 		return err
 	}
@@ -74,13 +79,27 @@ func serve(ctx context.Context, s *settings, daemon *cli.Daemon) (err error) {
 	return err
 }
 
+// lockDir locks the directory that will be mounted on, so that of several who
+// want it at once one gets it. The lock is held until the file is closed.
+func lockDir(dir string) (*os.File, error) {
+	f, err := os.Open(dir)
+	if err != nil {
+		if errors.Is(err, unix.ENOTCONN) {
+			return nil, cli.WithHint(err, "the server of a mount there is dead; unmount it with: mount-image -u %s", dir)
+		}
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		_ = f.Close()
+		return nil, cli.WithExit(cli.ExitInUse, fmt.Errorf("%s: something is being mounted there: %w", dir, unix.EBUSY))
+	}
+	return f, nil // a filesystem without such locks has to do without
+}
+
 // mountPoint checks DIR and makes it absolute.
 func mountPoint(dir string) (string, error) {
 	st, err := os.Stat(dir)
 	if err != nil {
-		if errors.Is(err, unix.ENOTCONN) {
-			return "", cli.WithHint(err, "the server of a mount there is dead; unmount it with: mount-image -u %s", dir)
-		}
 		return "", err
 	}
 	if !st.IsDir() {
