@@ -104,7 +104,7 @@ func (img *Image) usable(ctx context.Context, off, n int64) (*editor, error) {
 	if err := ed.failed(); err != nil {
 		return nil, err
 	}
-	if !ed.started.Load() {
+	if n > 0 && !ed.started.Load() {
 		if err := ed.prepare(ctx); err != nil {
 			return nil, err
 		}
@@ -144,8 +144,17 @@ type slot struct {
 	owned bool  // the L1 entry carries COPIED: the table may be changed
 }
 
-// look returns the L2 entry of the cluster at guest.
+// look returns the L2 entry of the cluster at guest. It counts as a reader
+// meanwhile: an L2 table that is replaced must not become something else while
+// a page of it is being loaded.
 func (ed *editor) look(guest int64) (slot, error) {
+	t := ed.img.readers.Enter(guest)
+	defer ed.img.readers.Exit(t)
+	return ed.lookEntered(guest)
+}
+
+// lookEntered is look for who is between Enter and Exit already.
+func (ed *editor) lookEntered(guest int64) (slot, error) {
 	img := ed.img
 	index := img.l1Index(guest)
 	p, err := img.l1Page(index / (maxPageBytes / 8))

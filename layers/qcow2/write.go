@@ -73,11 +73,11 @@ func (ed *editor) writeOwned(p []byte, off int64) (int, error) {
 }
 
 // ownedAt tells how many of the n bytes at off, up to the end of the cluster,
-// can be written in place, and where.
+// can be written in place, and where. The caller is between Enter and Exit.
 func (ed *editor) ownedAt(off, n int64) (host, m int64, err error) {
 	img := ed.img
 	in := off & (img.clusterSize - 1)
-	s, err := ed.look(off - in)
+	s, err := ed.lookEntered(off - in)
 	if err != nil || !ed.ours(&s) {
 		return 0, 0, err
 	}

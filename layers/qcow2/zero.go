@@ -57,7 +57,9 @@ func (img *Image) ZeroAt(ctx context.Context, off, n int64, punch bool, below la
 func (ed *editor) zeroWhole(ctx context.Context, off, end int64, punch bool, below layers.Below) (int64, error) {
 	img := ed.img
 	var one [1]blockmap.Extent
+	t := img.readers.Enter(off) // see look
 	ext, err := img.Lookup(ctx, off, end-off, one[:0])
+	img.readers.Exit(t)
 	if err != nil {
 		return off, err
 	}
