@@ -158,3 +158,20 @@ func TestFailedBATWriteIsRepeated(t *testing.T) {
 	}
 	checkFile(t, m, false)
 }
+
+// TestNoHolesAfterACrash: the same for a slot that somebody else's crash left.
+func TestNoHolesAfterACrash(t *testing.T) {
+	b := put32(offInUse, inUseOpen)(sample(2))
+	m := backend.NewMemBytes("img.hds", b)
+	const slot = 4 * k64 // the free one
+	if err := m.PunchHole(slot, k64); err != nil {
+		t.Fatal(err)
+	}
+	if err := mustOpen(t, keep{m}, true, nil).Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkFile(t, m, true)
+	if hole, err := m.SeekHole(slot); err != nil || hole < slot+k64 {
+		t.Errorf("hole at %#x, %v", hole, err)
+	}
+}
