@@ -133,6 +133,21 @@ func TestOperations(t *testing.T) {
 	wantErrno(t, "collapse", unix.Fallocate(fd, unix.FALLOC_FL_COLLAPSE_RANGE, 0, 4096), unix.EOPNOTSUPP)
 	wantErrno(t, "insert", unix.Fallocate(fd, unix.FALLOC_FL_INSERT_RANGE, 0, 4096), unix.EOPNOTSUPP)
 
+	// Shared mappings.
+	m, err := unix.Mmap(fd, 2<<20, 64<<10, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(m, want[2<<20:][:len(m)]) {
+		t.Error("the mapping shows something else")
+	}
+	copy(m[5000:], "mapped")
+	copy(want[2<<20+5000:], "mapped")
+	if err := errors.Join(unix.Msync(m, unix.MS_SYNC), unix.Munmap(m)); err != nil {
+		t.Error(err)
+	}
+	compare("after writing through a mapping")
+
 	// The end of the file.
 	if n, err := unix.Pwrite(fd, make([]byte, 100), size-40); n != 40 || err != nil {
 		t.Errorf("write over the end: %d %v", n, err)
