@@ -49,6 +49,9 @@ func (img *Image) lookupL1(t *blockmap.Tiler, pos, end int64) error {
 	entry := p.load(i)
 	if entry&^entryCopied == 0 {
 		j := i + 1
+		if !p.used.Load() {
+			j = len(p.w)
+		}
 		for j < len(p.w) && p.load(j)&^entryCopied == 0 {
 			j++
 		}
@@ -110,6 +113,9 @@ func (img *Image) lookupL2(t *blockmap.Tiler, table, pos, end int64) error {
 		}
 		if entry|sub == 0 {
 			j := i + 1
+			if !p.used.Load() {
+				j = count
+			}
 			for j < count && p.empty(j, img.extended) {
 				j++
 			}

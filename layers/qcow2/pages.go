@@ -22,9 +22,13 @@ const maxPageBytes = 4096
 // Readers use load and pair, without any lock. The editor stores into pages
 // that it pinned, with store and setPair, and several goroutines may do so at
 // once as long as they store to different entries.
+//
+// used is false as long as every word is 0, so that a lookup passes an empty
+// page in one step. It is set before the first word is stored, and stays.
 type tablePage struct {
-	seq atomic.Uint32 // odd while a pair is being stored
-	w   []atomic.Uint64
+	seq  atomic.Uint32 // odd while a pair is being stored
+	used atomic.Bool
+	w    []atomic.Uint64
 }
 
 func newTablePage(words int) *tablePage { return &tablePage{w: make([]atomic.Uint64, words)} }
@@ -33,7 +37,9 @@ func newTablePage(words int) *tablePage { return &tablePage{w: make([]atomic.Uin
 func decodeTablePage(b []byte) *tablePage {
 	p := newTablePage(len(b) / 8)
 	for i := range p.w {
-		p.w[i].Store(binary.BigEndian.Uint64(b[8*i:]))
+		if word := binary.BigEndian.Uint64(b[8*i:]); word != 0 {
+			p.store(i, word)
+		}
 	}
 	return p
 }
@@ -55,8 +61,17 @@ func (p *tablePage) encode(dst []byte, pairs bool) {
 }
 
 // load and store access one word: an L1 entry or a plain L2 entry.
-func (p *tablePage) load(i int) uint64     { return p.w[i].Load() }
-func (p *tablePage) store(i int, v uint64) { p.w[i].Store(v) }
+func (p *tablePage) load(i int) uint64 { return p.w[i].Load() }
+func (p *tablePage) store(i int, v uint64) {
+	p.use()
+	p.w[i].Store(v)
+}
+
+func (p *tablePage) use() {
+	if !p.used.Load() {
+		p.used.Store(true)
+	}
+}
 
 // pair returns extended entry i: descriptor and subcluster bitmap, as they
 // stood together at one moment.
@@ -73,6 +88,7 @@ func (p *tablePage) pair(i int) (desc, bits uint64) {
 
 // setPair stores extended entry i.
 func (p *tablePage) setPair(i int, desc, bits uint64) {
+	p.use()
 	for {
 		seq := p.seq.Load()
 		if seq&1 == 0 && p.seq.CompareAndSwap(seq, seq+1) {

@@ -231,6 +231,9 @@ func (img *Image) eachL1(ctx context.Context, do func(i, at int64, entry uint64)
 		if err != nil {
 			return err
 		}
+		if !p.used.Load() {
+			continue
+		}
 		for i := range p.w {
 			if entry := p.load(i); entry != 0 {
 				n := page*perPage + int64(i)
@@ -255,6 +258,9 @@ func (img *Image) eachL2(ctx context.Context, table, first int64, do func(guest 
 		p, err := img.l2Page(off)
 		if err != nil {
 			return err
+		}
+		if !p.used.Load() {
+			continue
 		}
 		for i := range int(perPage) {
 			var entry, sub uint64
