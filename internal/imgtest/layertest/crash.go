@@ -113,7 +113,7 @@ func site() string {
 // allowed is what the disk may hold after a power cut, when that many syncs
 // had completed.
 func (r *recording) allowed(completed int) []uint64 {
-	h := newHistory(r.size, r.below)
+	h := newHistory(r.f, r.size, r.below)
 	for i, c := range r.script {
 		if r.before[i] > completed {
 			break

@@ -256,7 +256,7 @@ func newTrials(f Factory, d draw, most int64) (func() (*trial, error), error) {
 		if err != nil {
 			return nil, err
 		}
-		return &trial{f: f, dir: c, size: size, below: below, script: script, h: newHistory(size, below)}, nil
+		return &trial{f: f, dir: c, size: size, below: below, script: script, h: newHistory(f, size, below)}, nil
 	}, nil
 }
 

@@ -95,13 +95,10 @@ type history struct {
 	disk []uint64 // superset: what a crash may leave
 }
 
-func newHistory(size int64, below *Below) *history {
+func newHistory(f Factory, size int64, below *Below) *history {
 	h := &history{now: make([]uint64, size), disk: make([]uint64, size)}
-	for i := range h.now {
-		h.now[i] = 1
-		if i < len(below.content) {
-			h.now[i] = 1 << below.content[i]
-		}
+	for i, c := range f.shows(size, below) {
+		h.now[i] = 1 << c
 	}
 	copy(h.disk, h.now)
 	return h

@@ -46,8 +46,12 @@ type Factory struct {
 	// closes what it got from dir.
 	Open func(ctx context.Context, dir *Dir, writable bool) (layers.Layer, error)
 
-	// SizeUnit is what sizes are multiples of (default 512).
+	// SizeUnit is what sizes are multiples of (default 512, at most 4 Granules).
 	SizeUnit int64
+	// Initial makes of the bytes below, size of them, what a new image shows.
+	// Its own bytes are from 56 to 63. Optional; without it a new image shows
+	// what lies below.
+	Initial func(content []byte)
 	// Opaque is set for formats that never say Unmapped (raw): there is no
 	// layer below them.
 	Opaque bool
@@ -87,6 +91,19 @@ func init() {
 			panic(err)
 		}
 	}
+}
+
+// initial reports whether a byte may be one that a new image shows.
+func (f Factory) initial(c byte) bool { return f.Initial != nil && c >= 56 && c < 64 }
+
+// shows is what a new image shows over below.
+func (f Factory) shows(size int64, below *Below) []byte {
+	content := make([]byte, size)
+	copy(content, below.content)
+	if f.Initial != nil {
+		f.Initial(content)
+	}
+	return content
 }
 
 // draw picks a number in [lo, hi].
@@ -179,6 +196,9 @@ func Property(t *testing.T, f Factory, check property, share int) {
 func guard(check func() error) error {
 	done := make(chan error, 1)
 	go func() {
+		// A check that ends its goroutine (t.FailNow in a Factory) has already
+		// said why.
+		defer close(done)
 		done <- func() (err error) {
 			defer func() {
 				if p := recover(); p != nil {

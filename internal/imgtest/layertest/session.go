@@ -164,8 +164,7 @@ func newSessionIn(f Factory, dir *Dir, size int64, below *Below) (*session, erro
 	if err := dir.misuse(true); err != nil {
 		return nil, fmt.Errorf("create: %w", err)
 	}
-	s := &session{f: f, dir: dir, size: size, below: below, model: make([]byte, size)}
-	copy(s.model, below.content)
+	s := &session{f: f, dir: dir, size: size, below: below, model: f.shows(size, below)}
 	return s, s.open()
 }
 
