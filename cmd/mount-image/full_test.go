@@ -15,6 +15,7 @@ import (
 // A full host disk is ENOSPC for the writer; the mount stays alive, what was
 // fsynced stays, and when there is room again writing goes on.
 func TestHostDiskFull(t *testing.T) {
+	t.Parallel()
 	imgtest.RequireRoot(t)
 	for format, name := range map[string]string{"raw": "disk.img", "qcow2": "disk.qcow2", "parallels": "disk.hds"} {
 		t.Run(format, func(t *testing.T) {

@@ -68,6 +68,7 @@ func holds(t *testing.T, path string, data []byte, off int64) {
 }
 
 func TestSignals(t *testing.T) {
+	t.Parallel()
 	data := imgtest.PatternBytes(5, 0, 1<<20)
 	for _, c := range []struct {
 		sig  unix.Signal
@@ -91,6 +92,7 @@ func TestSignals(t *testing.T) {
 
 // A user of the mount cannot keep the server from ending.
 func TestSignalWhileBusy(t *testing.T) {
+	t.Parallel()
 	_, path := qcow2Image(t)
 	dir := mountDir(t)
 	cmd, stderr := foreground(t, "-w", path, dir)
@@ -118,6 +120,7 @@ func TestSignalWhileBusy(t *testing.T) {
 
 // Whoever unmounts, the server closes the image and ends.
 func TestForeignUnmount(t *testing.T) {
+	t.Parallel()
 	_, path := qcow2Image(t)
 	dir := mountDir(t)
 	cmd, stderr := foreground(t, "-w", path, dir)
@@ -135,6 +138,7 @@ func TestForeignUnmount(t *testing.T) {
 }
 
 func TestUnmountBusy(t *testing.T) {
+	t.Parallel()
 	_, path := qcow2Image(t)
 	dir := mountDir(t)
 	want(t, 0, "-w", path, dir)
@@ -176,6 +180,7 @@ func isMountedQuiet(dir string) bool {
 // After kill -9 what was fsynced is there, and -u clears the place, loop
 // device included.
 func TestKilled(t *testing.T) {
+	t.Parallel()
 	_, path := qcow2Image(t)
 	for _, loop := range []bool{false, true} {
 		dir := mountDir(t)
@@ -275,6 +280,7 @@ func TestFinalSyncFails(t *testing.T) {
 // system's directories only, so this happens in a name space where one of them
 // holds ours.
 func TestMount8(t *testing.T) {
+	t.Parallel()
 	imgtest.RequireRoot(t)
 	imgtest.RequireFuse(t)
 	imgtest.Require(t, "mount", "mount.fuse3", "unshare")
@@ -326,6 +332,7 @@ mount -t fuse.mount-image "${image}x" "$dir/m" 2>&1 || echo exit $?
 // An ordinary user, through fusermount3; root then unmounts what it cannot
 // even look into.
 func TestUnprivileged(t *testing.T) {
+	t.Parallel()
 	imgtest.RequireRoot(t)
 	imgtest.RequireFuse(t)
 	imgtest.Require(t, "setpriv", "unshare", "fusermount3", "mknod")
@@ -370,6 +377,7 @@ if grep "$1" /proc/self/mounts | grep fuse.mount; then echo still mounted; fi
 
 // Of many who mount on one directory at once, one succeeds.
 func TestMountRace(t *testing.T) {
+	t.Parallel()
 	_, path := qcow2Image(t)
 	dir := mountDir(t)
 	exits := make(chan outcome)
@@ -402,6 +410,7 @@ func TestMountRace(t *testing.T) {
 
 // Nobody listens to what is printed: an error, and no mount without a server.
 func TestBrokenStdout(t *testing.T) {
+	t.Parallel()
 	_, path := qcow2Image(t)
 	dir := mountDir(t)
 	for _, flags := range [][]string{{"--json"}, {"-f", "--json"}} {
@@ -423,6 +432,7 @@ func TestBrokenStdout(t *testing.T) {
 
 // A loop device that is not ours to detach is left alone, and said so.
 func TestForeignLoop(t *testing.T) {
+	t.Parallel()
 	imgtest.RequireLoop(t)
 	_, path := qcow2Image(t)
 	dir := mountDir(t)

@@ -16,6 +16,7 @@ import (
 )
 
 func TestReadOnly(t *testing.T) {
+	t.Parallel()
 	raw, paths := images(t)
 	for kind, path := range paths {
 		t.Run(kind, func(t *testing.T) {
@@ -38,6 +39,7 @@ func TestReadOnly(t *testing.T) {
 }
 
 func TestWrite(t *testing.T) {
+	t.Parallel()
 	raw, paths := images(t)
 	expect, err := os.ReadFile(raw)
 	if err != nil {
@@ -83,6 +85,7 @@ func TestWrite(t *testing.T) {
 }
 
 func TestScratch(t *testing.T) {
+	t.Parallel()
 	_, path := qcow2Image(t)
 	before := imgtest.SHA256File(t, path)
 	for _, flags := range [][]string{{"--scratch"}, {"-w", "--scratch"}, {"-o", "rw,scratch"}} {
@@ -112,6 +115,7 @@ func TestScratch(t *testing.T) {
 }
 
 func TestPartitions(t *testing.T) {
+	t.Parallel()
 	imgtest.Require(t, "sfdisk")
 	raw := rawImage(t)
 	cmd := exec.Command("sfdisk", "-q", "--no-reread", "--no-tell-kernel", raw)
@@ -169,6 +173,7 @@ func TestPartitions(t *testing.T) {
 }
 
 func TestLoop(t *testing.T) {
+	t.Parallel()
 	imgtest.RequireLoop(t)
 	imgtest.Require(t, "mkfs.ext4", "e2fsck")
 	_, path := qcow2Image(t)
@@ -261,6 +266,7 @@ func TestLoop(t *testing.T) {
 }
 
 func TestPermissions(t *testing.T) {
+	t.Parallel()
 	_, path := qcow2Image(t)
 	for _, c := range []struct {
 		options string
@@ -299,6 +305,7 @@ func TestPermissions(t *testing.T) {
 // Whatever is wrong, the caller hears it, with its exit code, and nothing is
 // left mounted.
 func TestRefusals(t *testing.T) {
+	t.Parallel()
 	raw, path := qcow2Image(t)
 	dir := mountDir(t)
 	corrupt := filepath.Join(t.TempDir(), "bad.qcow2")
@@ -375,6 +382,7 @@ func TestRefusals(t *testing.T) {
 }
 
 func TestSnapshot(t *testing.T) {
+	t.Parallel()
 	raw, path := qcow2Image(t)
 	imgtest.QemuImg(t, "snapshot", "-c", "before", path)
 	imgtest.QemuIO(t, "qcow2", path, "write -P 7 0 4M")
@@ -403,6 +411,7 @@ func TestSnapshot(t *testing.T) {
 // A bundle, named by its directory and by its descriptor, written here and
 // read by qemu-img layer over layer, then checked by ploop's own tool.
 func TestPloopBundle(t *testing.T) {
+	t.Parallel()
 	imgtest.RequirePloop(t)
 	bundle := t.TempDir()
 	images := imgtest.PloopBundle(t, bundle, "expanded", 2, 64<<20, 3)
