@@ -304,7 +304,11 @@ func checkFaults(f Factory, d draw) error {
 	}
 	// Every access of a run of up to 60, a sample of longer ones: the next
 	// script has others.
-	step := 1 + len(all)/60
+	most := 60
+	if raceEnabled {
+		most = 10
+	}
+	step := 1 + len(all)/most
 	for i := int(d("first fault", 0, int64(step-1))); i < len(all); i += step {
 		modes := []struct {
 			err   error

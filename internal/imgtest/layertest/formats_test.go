@@ -16,6 +16,10 @@ import (
 	"github.com/imagestack/imagestack/layers/raw"
 )
 
+// scripts is small: the formats' own tests run more over fewer kinds of
+// images. For long runs there is -layertest.times.
+const scripts = 8
+
 // create makes a file of dir with a format's Create.
 func create(dir *layertest.Dir, name string, f func(backend.File) error) error {
 	file, err := dir.Open(name, true)
@@ -58,7 +62,7 @@ func rawFactory() layertest.Factory {
 func ploopFactory(version int, cluster int64) layertest.Factory {
 	const name = "image.hds"
 	return layertest.Factory{
-		Name: fmt.Sprintf("ploop v%d %dK", version, cluster>>10), Granule: cluster, Scripts: 20,
+		Name: fmt.Sprintf("ploop v%d %dK", version, cluster>>10), Granule: cluster, Scripts: scripts,
 		Create: func(ctx context.Context, dir *layertest.Dir, size int64) error {
 			return create(dir, name, func(f backend.File) error {
 				return ploop.Create(ctx, f, ploop.CreateOptions{Size: size, ClusterSize: cluster, Version: version})
@@ -104,7 +108,7 @@ const (
 
 func qcow2Factory(name string, o qcow2Options) layertest.Factory {
 	return layertest.Factory{
-		Name: "qcow2 " + name, Granule: o.ClusterSize, Scripts: 20,
+		Name: "qcow2 " + name, Granule: o.ClusterSize, Scripts: scripts,
 		KeepsPlace: o.DataFileRaw, Opaque: o.DataFileRaw,
 		Create: func(ctx context.Context, dir *layertest.Dir, size int64) error {
 			if o.DataFile != "" {
@@ -196,4 +200,4 @@ func TestFormats(t *testing.T) {
 }
 
 // TestStacks piles up all formats.
-func TestStacks(t *testing.T) { layertest.RunStacks(t, formats(), 60) }
+func TestStacks(t *testing.T) { layertest.RunStacks(t, formats(), 40) }

@@ -95,6 +95,7 @@ type history struct {
 	disk []uint64 // superset: what a crash may leave
 }
 
+//go:norace
 func newHistory(f Factory, size int64, below *Below) *history {
 	h := &history{now: make([]uint64, size), disk: make([]uint64, size)}
 	for i, c := range f.shows(size, below) {
@@ -114,6 +115,8 @@ func (h *history) begins(c change) {
 }
 
 // done notes that the change succeeded.
+//
+//go:norace
 func (h *history) done(c change) {
 	switch c.kind {
 	case doWrite, doZero:
@@ -126,6 +129,8 @@ func (h *history) done(c change) {
 }
 
 // failed notes that the change failed: each byte is old or new.
+//
+//go:norace
 func (h *history) failed(c change) {
 	if c.kind == doWrite || c.kind == doZero {
 		for i := c.off; i < c.off+c.n; i++ {
@@ -134,7 +139,11 @@ func (h *history) failed(c change) {
 	}
 }
 
-// check compares bytes with the values allowed.
+// check compares bytes with the values allowed. The loops over all bytes are
+// not watched by the race detector: they touch what one goroutine owns, and
+// would take most of the time of its runs.
+//
+//go:norace
 func check(got []byte, allowed []uint64) error {
 	for i, c := range got {
 		if c > 63 || allowed[i]>>c&1 == 0 {

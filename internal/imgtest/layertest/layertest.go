@@ -159,7 +159,7 @@ func Property(t *testing.T, f Factory, check property, share int) {
 		left = 40
 	}
 	left = max(left**times*share/100, 2)
-	if testing.Short() {
+	if testing.Short() || raceEnabled {
 		left = max(left/4, 2)
 	}
 	failed := false

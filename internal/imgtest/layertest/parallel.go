@@ -298,6 +298,7 @@ func checkGrace(f Factory, d draw) error {
 	return s.finish()
 }
 
+//go:norace
 func filled(n int64, c byte) []byte {
 	p := make([]byte, n)
 	for i := range p {

@@ -39,7 +39,6 @@ const nothing = -1
 func preparedFactory(t *testing.T, name, options string, granule int64) layertest.Factory {
 	imgtest.Require(t, "qemu-img", "qemu-io")
 	f := qcow2Factory(name, qcow2Options{CreateOptions: qcow2.CreateOptions{ClusterSize: granule}})
-	f.Scripts = 10
 	f.SizeUnit = 4 * granule
 	f.Initial = func(content []byte) {
 		for i := range content {

@@ -88,6 +88,7 @@ func (b *Below) unchanged() error {
 	return nil
 }
 
+//go:norace
 func isZero(p []byte) bool {
 	for _, c := range p {
 		if c != 0 {

@@ -1,6 +1,0 @@
-//go:build race
-
-package layertest
-
-// raceEnabled: the race detector reports the controls that race on purpose.
-const raceEnabled = true
