@@ -2,8 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"os"
 	"slices"
 	"sync"
 )
@@ -56,14 +54,4 @@ func (c *cleaner) run() error {
 		errs = errors.Join(errs, todo[id]())
 	}
 	return errs
-}
-
-// scratch makes the directory that holds everything big, and sees to its end.
-func scratch(c *cleaner, parent string) (string, error) {
-	dir, err := os.MkdirTemp(parent, "imagestack-bench-")
-	if err != nil {
-		return "", fmt.Errorf("scratch directory: %w", err)
-	}
-	c.add(func() error { return os.RemoveAll(dir) })
-	return dir, nil
 }

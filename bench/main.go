@@ -166,6 +166,9 @@ func run(ctx context.Context, o *options, begin time.Time) (err error) {
 	}
 	var cleanup cleaner
 	defer func() { err = errors.Join(err, cleanup.run()) }()
+	if err := sweep(o.dir, say); err != nil {
+		say("cleaning up after an earlier run: %v", err)
+	}
 	dir, err := scratch(&cleanup, o.dir)
 	if err != nil {
 		return err

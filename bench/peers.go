@@ -259,10 +259,18 @@ func (s *servers) attachLoop(ctx context.Context, file string, readOnly, direct 
 		return nil, fmt.Errorf("loop device: %w", err)
 	}
 	l := &loop{device: strings.TrimSpace(string(out)), argv: argv}
+	record := filepath.Join(s.dir, loopRecord+filepath.Base(l.device))
 	l.detach = s.cleanup.add(func() error {
-		return command(context.Background(), "losetup", "-d", l.device)
+		err := command(context.Background(), "losetup", "-d", l.device)
+		if err == nil {
+			err = os.Remove(record)
+		}
+		return err
 	})
-	b, err := os.ReadFile("/sys/block/" + filepath.Base(l.device) + "/loop/dio")
+	if err := os.WriteFile(record, []byte(diskSequence(l.device)), 0o600); err != nil {
+		return nil, errors.Join(err, l.detach())
+	}
+	b, err := os.ReadFile(sysfs(l.device, "loop/dio"))
 	if got := strings.TrimSpace(string(b)); err == nil && direct && got != "1" {
 		err = fmt.Errorf("loop device: the kernel refused direct I/O on %s", file)
 	}
