@@ -16,11 +16,17 @@ import (
 // error, one that is too high only when leaks are not allowed. The COPIED
 // flags of the active map must be exact.
 func inspect(ctx context.Context, f backend.File, leaks bool) error {
-	img, err := Open(ctx, f, layers.OpenOptions{OpenFile: func(string, bool) (backend.File, error) {
-		return backend.NewMem("data"), nil
-	}})
+	return inspectWith(ctx, f, leaks, nil)
+}
+
+// inspectWith is inspect for images with a data file, which open opens.
+func inspectWith(ctx context.Context, f backend.File, leaks bool, open func(string, bool) (backend.File, error)) error {
+	img, err := Open(ctx, f, layers.OpenOptions{OpenFile: open})
 	if err != nil {
 		return err
+	}
+	if img.external {
+		defer img.data.Close()
 	}
 	refs := map[int64]uint64{}
 	err = img.WalkHost(ctx, func(h layers.HostRange) error {
@@ -125,7 +131,8 @@ func conform(o CreateOptions) layertest.Factory {
 			if err != nil {
 				return err
 			}
-			return errors.Join(inspect(ctx, f, true), f.Close())
+			open := func(n string, w bool) (backend.File, error) { return dir.Open(filepath.Base(n), w) }
+			return errors.Join(inspectWith(ctx, f, true, open), f.Close())
 		},
 	}
 }
