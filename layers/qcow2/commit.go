@@ -34,7 +34,11 @@ type mapSnapshot struct {
 }
 
 // flush is one commit. Only one runs at a time.
-func (ed *editor) flush() error {
+func (ed *editor) flush() error { return ed.flushCounts(false) }
+
+// flushCounts is flush. With counts it writes changed reference counts also
+// when no entry changed.
+func (ed *editor) flushCounts(counts bool) error {
 	if err := ed.failed(); err != nil {
 		return err
 	}
@@ -45,7 +49,7 @@ func (ed *editor) flush() error {
 			return err
 		}
 	}
-	if len(snap.pages) == 0 && !ed.ref.changed() {
+	if len(snap.pages) == 0 && !counts && !ed.ref.changed() {
 		if img.external {
 			return nil
 		}
@@ -62,8 +66,10 @@ func (ed *editor) flush() error {
 		ed.restore(snap, oldTables)
 		return err
 	}
-	if err := ed.syncFile(img.f); err != nil {
-		return err
+	if len(snap.pages) > 0 {
+		if err := ed.syncFile(img.f); err != nil {
+			return err
+		}
 	}
 	ed.unsynced = false
 	ed.unpin(snap)

@@ -42,7 +42,7 @@ func (ed *editor) rebuild(ctx context.Context) error {
 	if err := ed.fixCopied(ctx); err != nil {
 		return err
 	}
-	if err := ed.flush(); err != nil {
+	if err := ed.flushCounts(true); err != nil {
 		return err
 	}
 	clean := img.hdr.Incompatible &^ incompatDirty
