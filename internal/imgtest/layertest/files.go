@@ -18,15 +18,14 @@ import (
 // gets a handle of his own, which knows whether it may write and whether it is
 // closed, and through which a Hook sees (and can spoil) every access.
 type Dir struct {
-	mu      sync.Mutex
-	files   map[string]backend.File
-	make    func(name string) (backend.File, error)
-	path    string
-	hook    Hook
-	count   int
-	open    int      // handles not closed yet
-	crimes  []string // what no user of a file may do
-	touched int      // accesses that changed something
+	mu     sync.Mutex
+	files  map[string]backend.File
+	make   func(name string) (backend.File, error)
+	path   string
+	hook   Hook
+	count  int
+	open   int      // handles not closed yet
+	crimes []string // what no user of a file may do
 }
 
 // Access is one operation on a file of a Dir.
@@ -189,13 +188,6 @@ func (d *Dir) misuse(allClosed bool) error {
 	return nil
 }
 
-// accesses is the number of accesses since the hook was set.
-func (d *Dir) accesses() int {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	return d.count
-}
-
 // handle is one opening of a file.
 type handle struct {
 	d        *Dir
@@ -224,7 +216,6 @@ func (h *handle) before(op string, off, n int64) (Verdict, error) {
 		return Verdict{}, os.ErrClosed
 	}
 	if a.changes() {
-		h.d.touched++
 		if !h.writable {
 			h.d.crimes = append(h.d.crimes, a.String()+" on a file opened for reading")
 			h.d.mu.Unlock()

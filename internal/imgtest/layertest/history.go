@@ -106,6 +106,8 @@ func newHistory(f Factory, size int64, below *Below) *history {
 }
 
 // begins notes that a change was asked for: from now on it may be on disk.
+//
+//go:norace
 func (h *history) begins(c change) {
 	if c.kind == doWrite || c.kind == doZero {
 		for i := c.off; i < c.off+c.n; i++ {
