@@ -171,6 +171,31 @@ func TestAutoclear(t *testing.T) {
 	imgtest.QemuIO(t, "qcow2", path, "read -P 9 3 1", "write -P 4 1M 64k")
 }
 
+// TestDirtyBitmap: rebuilding the counts of an image does not free the place
+// of its bitmaps, which become stale only with the change that follows.
+func TestDirtyBitmap(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	path := t.TempDir() + "/image.qcow2"
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-o", "cluster_size=4096", path, "4M")
+	imgtest.QemuIO(t, "qcow2", path, "write -P 1 0 64k")
+	imgtest.QemuImg(t, "bitmap", "--add", path, "bm")
+	_, leaks := imgtest.QemuCheck(t, path, "qcow2")
+	poke64(t, path, offIncompatible, incompatDirty)
+	img := openRW(t, path)
+	if err := img.WriteAt(context.Background(), []byte{9}, 3, nothing()); err != nil {
+		t.Fatal(err)
+	}
+	if err := img.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if got := header64(t, path, offAutoclear) | header64(t, path, offIncompatible); got != 0 {
+		t.Errorf("feature bits %#x", got)
+	}
+	if status, out := imgtest.QemuCheck(t, path, "qcow2"); status != 3 {
+		t.Errorf("qemu-img check: %d\n%s\nbefore:\n%s", status, out, leaks)
+	}
+}
+
 // TestReadOnlyRules: what must not be written is refused by name.
 func TestReadOnlyRules(t *testing.T) {
 	ctx := context.Background()

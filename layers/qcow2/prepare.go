@@ -34,24 +34,35 @@ func (ed *editor) begin(ctx context.Context) error {
 	if err := ed.ref.load(); err != nil {
 		return err
 	}
-	keep := uint64(0)
+	keep := uint64(autoclearBitmaps)
 	if img.external {
-		keep = autoclearRawDataFile
+		keep |= autoclearRawDataFile
 	}
-	now := img.hdr.Autoclear & keep
-	if now != img.hdr.Autoclear {
-		if err := putHeader64(img.f, offAutoclear, now); err != nil {
-			return err
-		}
-		if err := ed.syncFile(img.f); err != nil {
-			return err
-		}
+	if err := ed.clearAutoclear(^keep); err != nil {
+		return err
 	}
 	if img.hdr.Dirty() {
-		// Bitmaps still count as used here: they are stale, not freed.
+		// Guest data do not change here, so bitmaps are good still and what
+		// they occupy stays counted.
 		if err := ed.rebuild(ctx); err != nil {
 			return err
 		}
+	}
+	return ed.clearAutoclear(autoclearBitmaps)
+}
+
+// clearAutoclear durably clears those of the bits that are set.
+func (ed *editor) clearAutoclear(bits uint64) error {
+	img := ed.img
+	now := img.hdr.Autoclear &^ bits
+	if now == img.hdr.Autoclear {
+		return nil
+	}
+	if err := putHeader64(img.f, offAutoclear, now); err != nil {
+		return err
+	}
+	if err := ed.syncFile(img.f); err != nil {
+		return err
 	}
 	img.hdr.Autoclear = now
 	return nil
