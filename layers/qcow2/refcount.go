@@ -82,10 +82,18 @@ func newRefcounts(img *Image) *refcounts {
 
 // load reads the refcount table and learns how long the file is.
 func (r *refcounts) load() error {
-	h := &r.img.hdr
 	size, err := r.img.f.Size()
 	if err != nil {
 		return err
+	}
+	// An attempt to prepare the image may have moved the table and failed
+	// later on: the header in the file counts.
+	h, err := readHeader(r.img.f)
+	if err != nil {
+		return r.img.located(err)
+	}
+	if err := h.checkTables(&r.img.geometry); err != nil {
+		return r.img.located(err)
 	}
 	r.fileEnd = size
 	r.hwm = (size + r.img.clusterSize - 1) >> r.img.clusterBits

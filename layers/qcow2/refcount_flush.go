@@ -106,11 +106,7 @@ func (s *tableSnapshot) bytes() []byte {
 func (r *refcounts) writeTable(s *tableSnapshot) error {
 	if s.moved {
 		clusters := uint32(int64(s.entries) * 8 >> r.img.clusterBits)
-		if err := putTableRef(r.img.f, offRefcountTableOffset, uint64(s.off), clusters); err != nil {
-			return err
-		}
-		r.img.hdr.RefcountTableOffset, r.img.hdr.RefcountTableClusters = uint64(s.off), clusters
-		return nil
+		return putTableRef(r.img.f, offRefcountTableOffset, uint64(s.off), clusters)
 	}
 	for _, i := range slices.Sorted(maps.Keys(s.sectors)) {
 		if _, err := r.img.f.WriteAt(s.sectors[i], s.off+i*512); err != nil {

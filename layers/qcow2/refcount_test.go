@@ -130,7 +130,7 @@ func TestTableGrowth(t *testing.T) {
 				t.Fatal(err)
 			}
 			img := openRW(t, path)
-			before := img.hdr.RefcountTableClusters
+			before := tableClusters(t, img.f)
 			model := make([]byte, size)
 			imgtest.Pattern(model, 3, 0)
 			for off := int64(0); off < size; off += 96 << 10 {
@@ -144,10 +144,14 @@ func TestTableGrowth(t *testing.T) {
 					}
 				}
 			}
+			if err := img.Sync(context.Background()); err != nil {
+				t.Fatal(err)
+			}
+			after := tableClusters(t, img.f)
 			if err := img.Close(); err != nil {
 				t.Fatal(err)
 			}
-			if img.hdr.RefcountTableClusters <= before {
+			if after <= before {
 				t.Fatalf("the table has %d clusters still", before)
 			}
 			checkClean(t, path)
@@ -155,6 +159,16 @@ func TestTableGrowth(t *testing.T) {
 			same(t, "reopened", readImage(t, path, nil, ""), model)
 		})
 	}
+}
+
+// tableClusters is the length of the refcount table that the header names.
+func tableClusters(t testing.TB, f backend.File) uint32 {
+	t.Helper()
+	h, err := readHeader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h.RefcountTableClusters
 }
 
 // nearGrowth is an image whose next allocations move the refcount table.
@@ -178,7 +192,7 @@ func nearGrowth(t testing.TB) (*backend.Mem, []byte) {
 	if err := img.ed.ref.shrinkFile(); err != nil {
 		t.Fatal(err)
 	}
-	if img.ed.ref.tableMoved || img.hdr.RefcountTableClusters != 1 {
+	if img.ed.ref.tableMoved || tableClusters(t, m) != 1 {
 		t.Fatal("the table has moved already")
 	}
 	return m.Clone(), model[:n]
@@ -202,7 +216,7 @@ func TestTableGrowthPowerCut(t *testing.T) {
 	if err := img.Sync(ctx); err != nil {
 		t.Fatal(err)
 	}
-	if img.hdr.RefcountTableClusters == 1 {
+	if tableClusters(t, f) == 1 {
 		t.Fatal("the table has not moved")
 	}
 	verdict := func(ignore int) error {
