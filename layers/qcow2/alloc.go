@@ -33,7 +33,7 @@ func (r *refcounts) allocate(want int64) (run hostRun, fresh bool, err error) {
 		r.noTruncate = errors.Is(err, errors.ErrUnsupported)
 	}
 	// The file cannot grow: whatever is free must do.
-	run, again := r.reuse(want, 1<<62)
+	run, again := r.reuse(want, fullScan)
 	if again != nil || run.n > 0 {
 		return run, false, again
 	}
@@ -61,7 +61,8 @@ func (r *refcounts) reuse(want, budget int64) (hostRun, error) {
 		}
 		r.hasFree.Remove(uint32(p))
 	}
-	for ; budget > 0 && r.scan<<r.pageBits < r.hwm && r.scan <= 1<<32-1; budget-- {
+	end := min(r.hwm, int64(len(r.table))<<r.blockBits)
+	for ; budget > 0 && r.scan<<r.pageBits < end && r.scan <= 1<<32-1; budget-- {
 		p := r.scan
 		run, err := r.takeFrom(p, want)
 		if err != nil {
@@ -92,9 +93,6 @@ func (r *refcounts) takeFrom(p, want int64) (hostRun, error) {
 		k := p >> (r.blockBits - r.pageBits)
 		if k == 0 {
 			return hostRun{}, r.img.corrupt(r.tableOff, "refcount table entry", 0, "the header's cluster has no refcount block")
-		}
-		if k >= int64(len(r.table)) {
-			return hostRun{}, nil // left to grow
 		}
 		at := max(first, k<<r.blockBits)
 		if err := r.addBlock(k, at, false); err != nil {
@@ -264,6 +262,9 @@ func (r *refcounts) growTable(k int64) error {
 	img := r.img
 	perCluster := img.clusterSize / 8
 	start := r.hwm
+	if k >= maxRefcountTableBytes/8 || start>>r.blockBits >= maxRefcountTableBytes/8 {
+		return fmt.Errorf("%s: the image file would be too long for its refcount table: %w", img.o.Path, syscall.EFBIG)
+	}
 	entries := max(int64(len(r.table))*3/2, k+1)
 	var nb, tc int64
 	for { // until the region with its blocks and the table fit each other

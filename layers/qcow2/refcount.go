@@ -62,6 +62,10 @@ type hostRun struct{ first, n int64 }
 // for free clusters before it lets the file grow.
 const scanBudget = 64
 
+// fullScan is the number of pages that it looks at when the file cannot grow:
+// enough for tens of TiB, and an end where a damaged table has none.
+const fullScan = 1 << 22
+
 func newRefcounts(img *Image) *refcounts {
 	r := &refcounts{
 		img:        img,
