@@ -43,6 +43,11 @@ func (s *spans) add(ctx context.Context, t *blockmap.Tiler, end int64) (bool, er
 	from := t.Next()
 	start, n := s.regionOf(from / s.region)
 	extents, err := s.page(ctx, from/s.region)
+	if err != nil && ctx.Err() == nil {
+		// Something in the region cannot be read or is damaged; what was asked
+		// for may be fine.
+		return s.addWhole(ctx, t, end)
+	}
 	if err != nil {
 		return false, err
 	}

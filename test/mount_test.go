@@ -206,7 +206,7 @@ func mountGuest(t *testing.T, device string, options string) (dir string, umount
 	imgtest.Run(t, "mount", "-o", options, device, dir)
 	umount = func() {
 		t.Helper()
-		imgtest.Run(t, "umount", dir)
+		imgtest.Umount(t, dir)
 	}
 	t.Cleanup(func() {
 		if len(mountsUnder(dir)) > 0 {

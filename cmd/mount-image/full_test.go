@@ -21,7 +21,7 @@ func TestHostDiskFull(t *testing.T) {
 		t.Run(format, func(t *testing.T) {
 			host := t.TempDir()
 			imgtest.Run(t, "mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", host)
-			defer imgtest.Run(t, "umount", host)
+			defer imgtest.Umount(t, host)
 			path := filepath.Join(host, name)
 			imgtest.QemuImg(t, "create", "-q", "-f", format, path, "64M")
 			ballast := filepath.Join(host, "ballast")

@@ -127,7 +127,7 @@ func TestForeignUnmount(t *testing.T) {
 	data := imgtest.PatternBytes(8, 0, 100000)
 	writeDisk(t, dir, data, 1<<20)
 	if os.Geteuid() == 0 {
-		imgtest.Run(t, "umount", dir)
+		imgtest.Umount(t, dir)
 	} else {
 		imgtest.Run(t, "fusermount3", "-u", dir)
 	}

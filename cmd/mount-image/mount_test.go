@@ -196,7 +196,7 @@ func TestLoop(t *testing.T) {
 	mounted := true
 	defer func() {
 		if mounted {
-			imgtest.Run(t, "umount", guest)
+			imgtest.Umount(t, guest)
 		}
 	}()
 	data := imgtest.PatternBytes(3, 0, 9<<20)
@@ -234,7 +234,7 @@ func TestLoop(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	imgtest.Run(t, "umount", guest)
+	imgtest.Umount(t, guest)
 	mounted = false
 	want(t, 0, "-u", dir)
 	unmounted(t, dir)
@@ -250,7 +250,7 @@ func TestLoop(t *testing.T) {
 	imgtest.Run(t, "e2fsck", "-fn", loop)
 	imgtest.Run(t, "mount", "-o", "ro", loop, guest)
 	got, err := os.ReadFile(guest + "/file")
-	imgtest.Run(t, "umount", guest)
+	imgtest.Umount(t, guest)
 	if err != nil || !bytes.Equal(got, data) {
 		t.Errorf("the file differs (%v)", err)
 	}

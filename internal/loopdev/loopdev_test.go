@@ -85,7 +85,7 @@ func TestBusy(t *testing.T) {
 	imgtest.Run(t, "mount", name, dir)
 	users := Users(name)
 	err = Detach(name, false)
-	imgtest.Run(t, "umount", dir)
+	imgtest.Umount(t, dir)
 	if !errors.Is(err, ErrBusy) || !strings.Contains(err.Error(), "mounted on "+dir) {
 		t.Errorf("mounted: %v (%q)", err, users)
 	}
