@@ -196,40 +196,49 @@ func TestDirtyBitmap(t *testing.T) {
 	}
 }
 
+func poke(m *backend.Mem, b []byte, off int64) error {
+	_, err := m.WriteAt(b, off)
+	return err
+}
+
 // TestReadOnlyRules: what must not be written is refused by name.
 func TestReadOnlyRules(t *testing.T) {
 	ctx := context.Background()
 	for name, c := range map[string]struct {
-		poke func(m *backend.Mem)
+		poke func(m *backend.Mem) error
 		want error
 	}{
-		"corrupt bit": {func(m *backend.Mem) { putHeader64(m, offIncompatible, incompatCorrupt) }, layers.ErrCorrupt},
-		"encryption":  {func(m *backend.Mem) { putHeader32(m, offCryptMethod, 2) }, layers.ErrUnsupported},
-		"unknown bit": {func(m *backend.Mem) { putHeader64(m, offIncompatible, 1<<33) }, layers.ErrUnsupported},
+		"corrupt bit": {func(m *backend.Mem) error { return putHeader64(m, offIncompatible, incompatCorrupt) }, layers.ErrCorrupt},
+		"encryption":  {func(m *backend.Mem) error { return putHeader32(m, offCryptMethod, 2) }, layers.ErrUnsupported},
+		"unknown bit": {func(m *backend.Mem) error { return putHeader64(m, offIncompatible, 1<<33) }, layers.ErrUnsupported},
 	} {
 		m := backend.NewMem("image")
 		if err := Create(ctx, m, CreateOptions{Size: 1 << 20}); err != nil {
 			t.Fatal(err)
 		}
-		c.poke(m)
+		if err := c.poke(m); err != nil {
+			t.Fatal(err)
+		}
 		if _, err := Open(ctx, m, layers.OpenOptions{Writable: true}); !errors.Is(err, c.want) {
 			t.Errorf("%s: %v, want %v", name, err, c.want)
 		}
 	}
 	// Damage that is met later ends the change, not the program.
-	for name, poke := range map[string]func(m *backend.Mem){
-		"no refcount table":      func(m *backend.Mem) { putHeader64(m, offRefcountTableOffset, 0) },
-		"table behind the end":   func(m *backend.Mem) { putHeader64(m, offRefcountTableOffset, 1<<40) },
-		"header counted as free": func(m *backend.Mem) { m.WriteAt(make([]byte, 8), 2<<16) },
-		"crooked block":          func(m *backend.Mem) { m.WriteAt([]byte{0, 0, 0, 0, 0, 2, 2, 0}, 1<<16) },
-		"block behind the end":   func(m *backend.Mem) { m.WriteAt([]byte{0, 1, 0, 0, 0, 0, 0, 0}, 1<<16) },
-		"L1 counted as free":     func(m *backend.Mem) { m.WriteAt(make([]byte, 2), 2<<16+6) },
+	for name, damage := range map[string]func(m *backend.Mem) error{
+		"no refcount table":      func(m *backend.Mem) error { return putHeader64(m, offRefcountTableOffset, 0) },
+		"table behind the end":   func(m *backend.Mem) error { return putHeader64(m, offRefcountTableOffset, 1<<40) },
+		"header counted as free": func(m *backend.Mem) error { return poke(m, make([]byte, 8), 2<<16) },
+		"crooked block":          func(m *backend.Mem) error { return poke(m, []byte{0, 0, 0, 0, 0, 2, 2, 0}, 1<<16) },
+		"block behind the end":   func(m *backend.Mem) error { return poke(m, []byte{0, 1, 0, 0, 0, 0, 0, 0}, 1<<16) },
+		"L1 counted as free":     func(m *backend.Mem) error { return poke(m, make([]byte, 2), 2<<16+6) },
 	} {
 		m := backend.NewMem("image")
 		if err := Create(ctx, m, CreateOptions{Size: 1 << 20}); err != nil {
 			t.Fatal(err)
 		}
-		poke(m)
+		if err := damage(m); err != nil {
+			t.Fatal(err)
+		}
 		img, err := Open(ctx, m, layers.OpenOptions{Writable: true})
 		if err == nil {
 			err = img.WriteAt(ctx, []byte{1}, 0, nothing())

@@ -243,7 +243,7 @@ func (r *refcounts) increment(first, n int64) error {
 		if err != nil {
 			for c--; c >= first; c-- { // these pages are pinned: no error
 				if v, err := r.get(c); err == nil {
-					r.set(c, 1, v-1)
+					_ = r.set(c, 1, v-1)
 				}
 			}
 			return err
