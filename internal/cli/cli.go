@@ -45,6 +45,9 @@ type Tool struct {
 	// Run does the work. parsed gives access to the chosen subcommand.
 	Run     func(ctx context.Context, parsed *kong.Context) error
 	Options []kong.Option // further ones
+	// Codes maps the exit codes of the house to the tool's own, where those
+	// are an older interface (fsck(8)); nil keeps them.
+	Codes func(code int) int
 }
 
 // Main runs the tool with the arguments of the process and exits.
@@ -99,6 +102,9 @@ func (t Tool) fail(stderr io.Writer, err error) int {
 		return code // everything was said already
 	}
 	fmt.Fprint(stderr, Message(t.Name, err))
+	if t.Codes != nil {
+		code = t.Codes(code)
+	}
 	return code
 }
 

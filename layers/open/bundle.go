@@ -64,6 +64,7 @@ func guidOf(d *ploop.Descriptor, xml, path string) (string, error) {
 // snapshot down ("" is the current top). named is the GUID of the image that
 // the user named instead of the bundle, "" if it was the bundle.
 func (op *opener) openBundle(xml, snapshot, named string) error {
+	op.xmls = append(op.xmls, xml)
 	writable := op.writableLayer()
 	lock, err := lockBundle(xml, writable)
 	if err != nil {

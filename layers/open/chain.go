@@ -134,6 +134,7 @@ func (op *opener) add(f backend.File, path, format string) (layers.Parent, error
 		return none, errDepth(path)
 	}
 	writable := op.writableLayer()
+	op.found = append(op.found, Traced{Path: path, Format: format})
 	if err := op.claim(f, path, writable); err != nil {
 		return none, err
 	}
@@ -187,7 +188,7 @@ func (op *opener) claim(f backend.File, path string, writable bool) error {
 		id := fileID{dev, ino}
 		if first, twice := op.seen[id]; twice {
 			return &layers.ImageError{Path: path, Layer: len(op.pile), Offset: -1, Field: "parent", Value: first,
-				Err: fmt.Errorf("%w: loop of parents: the same file is in the stack already", layers.ErrCorrupt)}
+				Err: fmt.Errorf("%w: %w: the same file is in the stack already", layers.ErrCorrupt, ErrLoop)}
 		}
 		op.seen[id] = path
 	}

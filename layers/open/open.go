@@ -22,7 +22,6 @@ package open
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 
@@ -107,6 +106,8 @@ type opener struct {
 	seen   map[fileID]string
 	pile   []layers.Layer
 	bundle []layers.Snapshot // snapshots of the ploop bundle, if it is one
+	found  []Traced          // every image come upon, opened or not
+	xmls   []string          // descriptors come upon
 	// closers are what the stack holds besides its layers (locks of bundles).
 	closers []io.Closer
 }
@@ -158,5 +159,5 @@ func (op *opener) writableLayer() bool {
 // errDepth is a chain that does not end where it should.
 func errDepth(path string) error {
 	return &layers.ImageError{Path: path, Layer: layers.MaxDepth, Offset: -1, Field: "parent",
-		Err: errors.Join(layers.ErrUnsupported, errors.New("more than 1000 layers"))}
+		Err: fmt.Errorf("%w: more than %d layers", layers.ErrUnsupported, layers.MaxDepth)}
 }

@@ -1,0 +1,477 @@
+package fsck
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"sync"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/layers/open"
+	"github.com/imagestack/imagestack/layers/ploop"
+)
+
+// Exit bits of fsck(8).
+const (
+	ExitClean       = 0
+	ExitCorrected   = 1
+	ExitUncorrected = 4
+	ExitOperational = 8
+	ExitUsage       = 16
+	ExitCancelled   = 32
+)
+
+// RunOptions say how images are checked and repaired.
+type RunOptions struct {
+	Open open.Options // Format, BackingFormat, AllowPaths
+	// Decide is nil for a check: then every file is opened for reading only.
+	Decide  Decide
+	Details int
+	Memory  int64 // of all checks that run at the same time
+	Data    bool
+	// Undo is the undo file, or the directory for undo files; "" is beside
+	// each image, with .undo (.undo.1, …) added to its name.
+	Undo string
+	// Single checks only the file that is named, and neither parents nor how
+	// they fit.
+	Single bool
+	// Serial checks one file at a time.
+	Serial bool
+	// OnProgress is told of progress, concurrently.
+	OnProgress func(file string, pass int, done, total int64)
+}
+
+// FileResult is what became of one file.
+type FileResult struct {
+	StackFile
+	*Result
+	Undo string // the undo file, "" when nothing was changed
+	Lost string // the lost+found directory, "" when nothing was put there
+	Err  error  // why the check or the repair was not finished
+}
+
+// ImageResult is what became of one image that the user named.
+type ImageResult struct {
+	Path  string
+	Files []FileResult
+	// Stack is the report on how the files fit; nil when that was not looked
+	// at.
+	Stack *Report
+	Err   error
+}
+
+// Exit are the exit bits for r.
+func (r *ImageResult) Exit() int {
+	bits := exitOf(r.Err)
+	if r.Stack != nil && r.Stack.Remaining() > Note {
+		bits |= ExitUncorrected
+	}
+	for i := range r.Files {
+		f := &r.Files[i]
+		bits |= exitOf(f.Err)
+		if f.Result == nil {
+			continue
+		}
+		if f.Changed {
+			bits |= ExitCorrected
+		}
+		if f.Left != nil {
+			if f.Left.Remaining() > Note || f.Err != nil && f.Left.Worst() > Note {
+				bits |= ExitUncorrected
+			}
+			if f.Left.Stats.CheckErrors > 0 {
+				bits |= ExitOperational
+			}
+		}
+	}
+	return bits
+}
+
+func exitOf(err error) int {
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, context.Canceled):
+		return ExitCancelled
+	}
+	return ExitOperational
+}
+
+// Run checks and repairs the images at the paths with all that belongs to
+// them. Images that share no file are done at the same time. The results are
+// in the order of the paths; done is called with each as soon as it and all
+// before it are there. An image that is named twice is checked once.
+func Run(ctx context.Context, paths []string, o RunOptions, done func(*ImageResult)) {
+	r := &runner{o: o, results: make([]ImageResult, len(paths)), stacks: make([]*Stack, len(paths))}
+	for i, path := range paths {
+		r.results[i].Path = path
+		r.stacks[i], r.results[i].Err = r.find(ctx, path)
+	}
+	groups := r.group()
+	workers := 1
+	if !o.Serial {
+		workers = max(1, min(len(groups), runtime.GOMAXPROCS(0)))
+	}
+	r.memory = o.Memory
+	if r.memory <= 0 {
+		r.memory = DefaultMemory
+	}
+	r.memory /= int64(workers)
+	ready := make([]chan struct{}, len(paths))
+	for i := range ready {
+		ready[i] = make(chan struct{})
+	}
+	todo := make(chan []int)
+	var wg sync.WaitGroup
+	for range workers {
+		wg.Add(1)
+		go func() {
+			defer wg.Done()
+			for group := range todo {
+				checked := map[fileKey]bool{}
+				for _, i := range group {
+					r.image(ctx, i, group, checked)
+					close(ready[i])
+				}
+			}
+		}()
+	}
+	go func() {
+		for _, g := range groups {
+			todo <- g
+		}
+		close(todo)
+	}()
+	for i := range paths {
+		<-ready[i]
+		done(&r.results[i])
+	}
+	wg.Wait()
+}
+
+type runner struct {
+	o       RunOptions
+	memory  int64
+	results []ImageResult
+	stacks  []*Stack
+}
+
+// find finds what belongs to an image.
+func (r *runner) find(ctx context.Context, path string) (*Stack, error) {
+	s, err := FindStack(ctx, path, r.o.Open)
+	if err == nil && r.o.Single {
+		for _, f := range s.files {
+			if f.Own {
+				s.files = []StackFile{f}
+				break
+			}
+		}
+	}
+	return s, err
+}
+
+type fileKey struct{ dev, ino uint64 }
+
+func keyOf(path string) fileKey {
+	var st unix.Stat_t
+	if unix.Stat(path, &st) != nil {
+		return fileKey{}
+	}
+	return fileKey{st.Dev, st.Ino}
+}
+
+// group puts images that share a file together.
+func (r *runner) group() [][]int {
+	owner := map[fileKey]int{} // the group of a file
+	groups := make([][]int, len(r.stacks))
+	for i, s := range r.stacks {
+		groups[i] = []int{i}
+		if s == nil {
+			continue
+		}
+		for _, f := range s.files {
+			k := keyOf(f.Path)
+			if j, ok := owner[k]; ok && j != i {
+				groups[i] = append(groups[j], groups[i]...)
+				groups[j] = nil
+				for k, g := range owner {
+					if g == j {
+						owner[k] = i
+					}
+				}
+			}
+			owner[k] = i
+		}
+	}
+	var out [][]int
+	for _, g := range groups {
+		if g != nil {
+			out = append(out, g)
+		}
+	}
+	return out
+}
+
+// image does one image.
+func (r *runner) image(ctx context.Context, i int, group []int, checked map[fileKey]bool) {
+	res, s := &r.results[i], r.stacks[i]
+	if s == nil {
+		return
+	}
+	h := &holder{}
+	defer func() { res.Err = errors.Join(res.Err, h.close()) }()
+	for _, f := range s.files {
+		k := keyOf(f.Path)
+		if checked[k] || !f.Own && r.ownElsewhere(k, i, group) {
+			continue
+		}
+		checked[k] = true
+		res.Files = append(res.Files, FileResult{StackFile: f})
+	}
+	repair := r.o.Decide != nil
+	if res.Err = h.open(res.Files, repair); res.Err != nil {
+		return
+	}
+	changed := false
+	for j := range res.Files {
+		f := &res.Files[j]
+		f.Err = r.file(ctx, f, h, j)
+		changed = changed || f.Result != nil && f.Changed
+	}
+	if r.o.Single || ctx.Err() != nil {
+		return
+	}
+	if changed {
+		// What the repair has changed may lead to other files now. The locks
+		// would be in the way.
+		if res.Err = h.close(); res.Err == nil {
+			s, res.Err = FindStack(ctx, res.Path, r.o.Open)
+		}
+		if res.Err != nil {
+			return
+		}
+	}
+	col := NewCollector(CollectorOptions{File: res.Path, Details: r.o.Details})
+	if res.Err = s.Check(ctx, col); res.Err == nil {
+		res.Stack = col.Sum(Stats{})
+	}
+}
+
+// ownElsewhere reports whether the file is named itself by another image of
+// the group.
+func (r *runner) ownElsewhere(k fileKey, i int, group []int) bool {
+	for _, j := range group {
+		if j == i || r.stacks[j] == nil {
+			continue
+		}
+		for _, f := range r.stacks[j].files {
+			if f.Own && keyOf(f.Path) == k {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// file checks, and repairs, one file.
+func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int) (err error) {
+	c, err := CheckerFor(f.Format)
+	if err != nil {
+		return err
+	}
+	o := RepairOptions{
+		Options: Options{Memory: r.memory, Data: r.o.Data},
+		Details: r.o.Details,
+		Plan:    PlanOptions{Memory: r.memory / 4},
+		Execute: ExecuteOptions{Name: filepath.Base(f.Path)},
+	}
+	if r.o.OnProgress != nil {
+		o.OnProgress = func(pass int, done, total int64) { r.o.OnProgress(f.Path, pass, done, total) }
+	}
+	rel, err := open.NewRelated(f.Path, r.o.Open)
+	if err != nil {
+		return err
+	}
+	defer rel.Close()
+	o.OpenFile = func(name string) (backend.File, error) {
+		data, _, err := rel.Open("data file", name)
+		return data, err
+	}
+	var undo backend.File
+	if r.o.Decide != nil && f.Own {
+		st, err := os.Stat(f.Path)
+		if err != nil {
+			return err
+		}
+		o.Decide = r.o.Decide
+		o.Execute.MTime = st.ModTime().UnixNano()
+		if !st.Mode().IsRegular() {
+			o.Plan.MaxSize, err = h.files[j].Size()
+			if err != nil {
+				return err
+			}
+		}
+		lost := &countedLost{LostDir: LostDir(f.Path + ".lost+found")}
+		o.Execute.Lost = lost
+		o.Undo = func() (backend.File, error) {
+			undo, f.Undo, err = createUndo(f.Path, r.o.Undo)
+			return undo, err
+		}
+		o.Execute.SyncDir = func() error { return SyncDir(filepath.Dir(f.Undo)) }
+		if f.Format == "ploop-descriptor" {
+			o.Swap = func(content []byte) (backend.File, error) { return h.swap(j, f.Path, content) }
+		}
+		defer func() {
+			if lost.n > 0 {
+				f.Lost = string(lost.LostDir)
+			}
+		}()
+	}
+	f.Result, err = Repair(ctx, c, h.files[j], o)
+	if undo != nil {
+		err = errors.Join(err, undo.Close())
+		if !f.Changed {
+			err = errors.Join(err, os.Remove(f.Undo))
+			f.Undo = ""
+		}
+	}
+	return err
+}
+
+// countedLost knows whether anything was put there.
+type countedLost struct {
+	LostDir
+	n int
+}
+
+func (c *countedLost) Create(name string) (backend.File, error) {
+	c.n++
+	return c.LostDir.Create(name)
+}
+
+// createUndo makes the undo file for the image at path. It never overwrites
+// one: an undo file is removed by the user only.
+func createUndo(path, where string) (backend.File, string, error) {
+	named := where != ""
+	if st, err := os.Stat(where); named && err == nil && st.IsDir() {
+		where, named = filepath.Join(where, filepath.Base(path)+".undo"), false
+	} else if !named {
+		where = path + ".undo"
+	}
+	for i := 0; ; i++ {
+		name := where
+		if i > 0 {
+			name = fmt.Sprintf("%s.%d", where, i)
+		}
+		f, err := backend.Open(name, backend.Options{Writable: true, Create: true, Exclusive: true})
+		switch {
+		case err == nil:
+			return f, name, nil
+		case !errors.Is(err, fs.ErrExist) || i == 1000:
+			return nil, "", fmt.Errorf("undo file: %w (--undo names another place)", err)
+		case named:
+			return nil, "", fmt.Errorf("undo file: %w: it belongs to an earlier repair", err)
+		}
+	}
+}
+
+// holder has the files of one image open and locked.
+type holder struct {
+	files []backend.File
+	locks []io.Closer
+}
+
+// open opens and locks all files: own ones for writing when they are to be
+// repaired, the others for reading.
+func (h *holder) open(files []FileResult, repair bool) error {
+	for _, f := range files {
+		if err := h.lockBundleOf(f, files, repair); err != nil {
+			return err
+		}
+		write := repair && f.Own
+		bf, err := backend.Open(f.Path, backend.Options{Writable: write})
+		if err != nil {
+			return err
+		}
+		h.files = append(h.files, bf)
+		l := backend.LockerOf(bf)
+		if l == nil {
+			continue
+		}
+		use, unshare := backend.ReaderUse, backend.ReaderUnshare
+		if write {
+			use, unshare = backend.WriterUse, backend.WriterUnshare
+		}
+		if err := l.Lock(use, unshare); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+			return err
+		}
+	}
+	return nil
+}
+
+// lockBundleOf takes the lock of the bundle to which f belongs, once: with the
+// descriptor when that is among the files, which it is whenever the bundle was
+// recognised.
+func (h *holder) lockBundleOf(f FileResult, files []FileResult, repair bool) error {
+	if f.Format == "ploop-descriptor" {
+		write := false
+		for _, g := range files {
+			write = write || repair && g.Own && filepath.Dir(g.Path) == filepath.Dir(f.Path)
+		}
+		return h.lockBundle(f.Path, write)
+	}
+	if f.Format != "ploop" || !repair || !f.Own {
+		return nil
+	}
+	xml := filepath.Join(filepath.Dir(f.Path), ploop.DescriptorName)
+	for _, g := range files {
+		if g.Format == "ploop-descriptor" && filepath.Dir(g.Path) == filepath.Dir(xml) {
+			return nil
+		}
+	}
+	if _, err := os.Stat(xml); err != nil {
+		return nil // an image alone
+	}
+	return h.lockBundle(xml, true)
+}
+
+// lockBundle keeps ploop's tools away. A reader leaves no lock file behind
+// where there was none.
+func (h *holder) lockBundle(xml string, write bool) error {
+	var c io.Closer
+	var err error
+	if write {
+		c, err = backend.LockDescriptor(xml)
+	} else {
+		if _, serr := os.Stat(xml + ".lck"); serr != nil {
+			return nil
+		}
+		c, err = backend.LockDescriptorShared(xml)
+		if errors.Is(err, unix.EACCES) || errors.Is(err, unix.EPERM) || errors.Is(err, unix.EROFS) {
+			return nil
+		}
+	}
+	if err == nil {
+		h.locks = append(h.locks, c)
+	}
+	return err
+}
+
+func (h *holder) close() error {
+	var errs []error
+	for _, f := range h.files {
+		errs = append(errs, f.Close())
+	}
+	for _, l := range h.locks {
+		errs = append(errs, l.Close())
+	}
+	h.files, h.locks = nil, nil
+	return errors.Join(errs...)
+}

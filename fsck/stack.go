@@ -1,0 +1,350 @@
+package fsck
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
+	"github.com/imagestack/imagestack/layers/ploop"
+)
+
+// What can be wrong between the files of a stack. None of it is repaired: each
+// wants a decision that only the owner of the files can make.
+var (
+	codeParentMissing = Register("stack.parent.missing", Fatal,
+		"The image names a parent, or its descriptor an image, that does not exist. The disk cannot be read where the image itself has no data.",
+		"Bring the file back. For a parent that was moved, state its new place with image-stack rebase or qemu-img rebase -u.")
+	codeParentLoop = Register("stack.parent.cycle", Fatal,
+		"An image is its own parent, directly or over others. The stack has no end and cannot be opened.",
+		"Find out from backups or names which image is the base, and correct the parent of the others with qemu-img rebase -u.")
+	codeParentFormat = Register("stack.parent.wrong-format", Fatal,
+		"A parent is not an image of the format that its child states.",
+		"Check the parent as what it is. If only the statement is wrong, correct it with qemu-img rebase -u -F.")
+	codeParentDoubt = Register("stack.parent.not-followed", Note,
+		"A parent is not opened: its format is not stated, or doubtful, or it lies outside the permitted directories. Neither it nor anything below was checked.",
+		"State --backing-format, or permit the directory with --allow-path, if the image is trusted.")
+	codeParentBroken = Register("stack.parent.unreadable", Fatal,
+		"An image of the stack cannot be opened, so what lies below it is not known.",
+		"Repair that image first; its own findings say what is wrong with it.")
+	codeParentNewer = Register("stack.parent.newer", Note,
+		"A parent was modified after the last change of its child. If its content changed, the child does not fit it any more.",
+		"Find out what wrote to the parent. Copying or touching the file also makes it newer.")
+	codeParentLonger = Register("stack.parent.longer", Note,
+		"A parent is a longer disk than its child. The rest is hidden, and appears when the child grows without being told to hide it.",
+		"Nothing, unless the child is to grow: image-stack resize writes zeros there.")
+	codeParentShorter = Register("stack.parent.shorter", Note,
+		"A parent is a shorter disk than its child. What lies behind its end reads as zeros.",
+		"Nothing: this is what growing a disk leaves.")
+	codeBundleSize = Register("stack.bundle.size-mismatch", Damage,
+		"An image of a ploop bundle is not as long as the descriptor says the disk is.",
+		"If the disk was being grown, grow it again; else correct Disk_size in the descriptor.")
+	codeBundleCluster = Register("stack.bundle.cluster-mismatch", Damage,
+		"An image of a ploop bundle has another cluster size than the descriptor says.",
+		"Correct Blocksize in the descriptor. An image whose cluster size differs from its parents' belongs to another disk.")
+	codeBundleOrphan = Register("stack.bundle.orphan-image", Note,
+		"A ploop image lies in the directory of a bundle whose descriptor does not name it: left behind by an interrupted operation, or put there by somebody.",
+		"Move it away if nobody needs it. It is not removed here.")
+	codeBundleTemporary = Register("stack.bundle.temporary-snapshot", Note,
+		"The bundle has a temporary snapshot, which backup tools make and remove. If no backup is running it was left behind and its image grows for ever.",
+		"Merge it with ploop snapshot-merge or ploop snapshot-delete once no backup is running.")
+	codeBaseIsTop = Register("stack.base.is-top", Note,
+		"The parent of an image outside a ploop bundle is the current top of the bundle, to which the bundle's own tools write. Each write there damages the child.",
+		"Make a snapshot of the bundle first and use that as the parent, or do not run the bundle any more.")
+	codeTopIsBase = Register("stack.top.is-base", Note,
+		"Another image in the same directory names this one as its parent. A change of this one's content, also by a repair, damages the other.",
+		"Check and repair both, and look at the ranges that a repair names as lost.")
+)
+
+// StackFile is one file that belongs to an image.
+type StackFile struct {
+	Path string
+	// Format is that of the checker: raw, ploop, qcow2, ploop-descriptor.
+	Format string
+	// Own tells that it is part of what the user named, and not only a parent
+	// that others may share: a repair changes only own files.
+	Own bool
+}
+
+// Stack are the files that belong to an image and how they fit.
+type Stack struct {
+	path  string
+	o     open.Options
+	trace *open.Trace
+	files []StackFile
+	desc  map[string]*ploop.Descriptor
+}
+
+// FindStack finds what belongs to the image, descriptor or bundle directory at
+// path, as far as that can be found. Of o it uses Format, BackingFormat and
+// AllowPaths. Errors are those of the named file itself.
+func FindStack(ctx context.Context, path string, o open.Options) (*Stack, error) {
+	t, err := open.Follow(ctx, path, o)
+	if err != nil {
+		return nil, err
+	}
+	s := &Stack{path: path, o: o, trace: t, desc: map[string]*ploop.Descriptor{}}
+	if len(t.Images) == 0 && len(t.Descriptors) == 0 {
+		return nil, t.Err
+	}
+	if errors.Is(t.Err, layers.ErrInUse) {
+		return nil, t.Err
+	}
+	bundle := namesBundle(path)
+	for i, xml := range t.Descriptors {
+		s.files = append(s.files, StackFile{Path: xml, Format: "ploop-descriptor", Own: bundle && i == 0})
+		if d, err := ploop.ReadDescriptor(xml); err == nil {
+			s.desc[xml] = d
+		}
+	}
+	for i, img := range t.Images {
+		own := i == 0 || bundle && filepath.Dir(img.Path) == filepath.Dir(t.Descriptors[0])
+		s.add(StackFile{Path: img.Path, Format: img.Format, Own: own})
+	}
+	if bundle {
+		if err := s.addBranches(t.Descriptors[0]); err != nil {
+			return nil, err
+		}
+	}
+	return s, nil
+}
+
+// Files are all files, the descriptors first and then the images, the top one
+// first.
+func (s *Stack) Files() []StackFile { return s.files }
+
+func (s *Stack) add(f StackFile) {
+	for _, have := range s.files {
+		if sameFile(have.Path, f.Path) {
+			return
+		}
+	}
+	s.files = append(s.files, f)
+}
+
+// addBranches adds the images of a bundle that the current top does not stand
+// on.
+func (s *Stack) addBranches(xml string) error {
+	d := s.desc[xml]
+	if d == nil {
+		return nil
+	}
+	rel, err := open.NewRelated(xml, s.o)
+	if err != nil {
+		return err
+	}
+	defer rel.Close()
+	for _, ref := range d.Images() {
+		f, path, err := rel.Open("StorageData/Storage/Image/File", ref.File)
+		if err != nil {
+			continue // reported by Check
+		}
+		_ = f.Close() // opened for reading
+		s.add(StackFile{Path: path, Format: ref.Format, Own: true})
+	}
+	return nil
+}
+
+// namesBundle reports whether path is a directory or a descriptor.
+func namesBundle(path string) bool {
+	st, err := os.Stat(path)
+	return err == nil && (st.IsDir() || strings.EqualFold(filepath.Ext(path), ".xml"))
+}
+
+func sameFile(a, b string) bool {
+	sa, err1 := os.Stat(a)
+	sb, err2 := os.Stat(b)
+	return err1 == nil && err2 == nil && os.SameFile(sa, sb)
+}
+
+// Check reports what is wrong between the files. It opens files for reading
+// only.
+func (s *Stack) Check(ctx context.Context, sink Sink) error {
+	s.checkEnd(sink)
+	images := s.trace.Images
+	for i := 1; i < len(images); i++ {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		s.checkPair(images[i-1], images[i], sink)
+	}
+	for _, xml := range s.trace.Descriptors {
+		if d := s.desc[xml]; d != nil {
+			if err := s.checkBundle(xml, d, sink); err != nil {
+				return err
+			}
+		}
+	}
+	return s.checkChildren(ctx, sink)
+}
+
+// checkEnd reports why the stack ends before its lowest layer.
+func (s *Stack) checkEnd(sink Sink) {
+	err := s.trace.Err
+	if err == nil {
+		return
+	}
+	f := Finding{Place: Place{File: s.path, Offset: -1}, Text: err.Error()}
+	var ie *layers.ImageError
+	if errors.As(err, &ie) {
+		f.Place = Place{File: ie.Path, Offset: ie.Offset, Field: ie.Field, Value: ie.Value}
+		f.Text = ie.Err.Error()
+	}
+	below := len(s.trace.Images) > 1
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		f.Code = codeParentMissing
+	case errors.Is(err, open.ErrLoop):
+		f.Code = codeParentLoop
+	case errors.Is(err, layers.ErrPolicy):
+		f.Code = codeParentDoubt
+	case errors.Is(err, layers.ErrFormat) && below:
+		f.Code = codeParentFormat
+	case errors.Is(err, layers.ErrCorrupt) && errorField(ie) == "Disk_Parameters/Disk_size":
+		f.Code = codeBundleSize
+	case errors.Is(err, layers.ErrCorrupt) && errorField(ie) == "StorageData/Storage/Blocksize":
+		f.Code = codeBundleCluster
+	default:
+		f.Code = codeParentBroken
+		if !below {
+			// The image's own findings tell how bad that is.
+			f.Severity = Note
+		}
+	}
+	sink.Report(f)
+}
+
+func errorField(e *layers.ImageError) string {
+	if e == nil {
+		return ""
+	}
+	return e.Field
+}
+
+// checkPair looks at a layer and the one below it.
+func (s *Stack) checkPair(child, parent open.Traced, sink Sink) {
+	sc, err1 := os.Stat(child.Path)
+	sp, err2 := os.Stat(parent.Path)
+	if err1 == nil && err2 == nil && sp.ModTime().After(sc.ModTime()) {
+		sink.Report(Finding{Code: codeParentNewer, Place: Place{File: parent.Path, Offset: -1},
+			Text: fmt.Sprintf("modified %s, after its child %s (%s)", stamp(sp), child.Path, stamp(sc))})
+	}
+	if !child.Opened || !parent.Opened || child.Size == parent.Size {
+		return
+	}
+	code := codeParentShorter
+	if parent.Size > child.Size {
+		code = codeParentLonger
+	}
+	sink.Report(Finding{Code: code, Place: Place{File: parent.Path, Offset: -1},
+		Text: fmt.Sprintf("a disk of %d bytes under one of %d bytes, %s", parent.Size, child.Size, child.Path)})
+}
+
+func stamp(st os.FileInfo) string { return st.ModTime().UTC().Format("2006-01-02 15:04:05.000 MST") }
+
+// checkBundle compares a descriptor with the files beside it.
+func (s *Stack) checkBundle(xml string, d *ploop.Descriptor, sink Sink) error {
+	rel, err := open.NewRelated(xml, s.o)
+	if err != nil {
+		return err
+	}
+	defer rel.Close()
+	named := map[string]bool{}
+	for _, ref := range d.Images() {
+		named[filepath.Base(ref.File)] = true
+		f, _, err := rel.Open("StorageData/Storage/Image/File", ref.File)
+		if errors.Is(err, fs.ErrNotExist) {
+			if !s.inTrace(err) {
+				sink.Report(Finding{Code: codeParentMissing, Text: "the image " + ref.GUID + " does not exist",
+					Place: Place{File: xml, Offset: -1, Field: "StorageData/Storage/Image/File", Value: ref.File}})
+			}
+			continue
+		}
+		if err == nil {
+			_ = f.Close() // opened for reading
+		}
+	}
+	for _, snap := range d.Snapshots() {
+		if snap.Name == "temporary" {
+			sink.Report(Finding{Code: codeBundleTemporary, Text: "a temporary snapshot",
+				Place: Place{File: xml, Offset: -1, Field: "Snapshots/Shot", Value: snap.ID}})
+		}
+	}
+	if err := s.checkOrphans(filepath.Dir(xml), named, sink); err != nil {
+		return err
+	}
+	// A child from outside on the bundle's top?
+	for i := 1; i < len(s.trace.Images); i++ {
+		child, base := s.trace.Images[i-1], s.trace.Images[i]
+		if filepath.Dir(child.Path) == filepath.Dir(xml) && child.Format != "qcow2" || base.Format == "qcow2" {
+			continue
+		}
+		for _, ref := range d.Images() {
+			if ref.GUID == d.Top() && sameFile(resolveIn(xml, ref.File), base.Path) {
+				sink.Report(Finding{Code: codeBaseIsTop, Text: "the parent of " + child.Path + " is the current top of the bundle",
+					Place: Place{File: xml, Offset: -1, Field: "Snapshots/TopGUID", Value: d.Top()}})
+			}
+		}
+	}
+	return nil
+}
+
+// inTrace reports whether the trace ended with the same missing file.
+func (s *Stack) inTrace(err error) bool {
+	var a, b *layers.ImageError
+	return errors.As(err, &a) && errors.As(s.trace.Err, &b) && a.Value == b.Value && errors.Is(b, fs.ErrNotExist)
+}
+
+func resolveIn(from, name string) string {
+	if filepath.IsAbs(name) {
+		return name
+	}
+	return filepath.Join(filepath.Dir(from), name)
+}
+
+// maxSiblings bounds how many files of a directory are looked at.
+const maxSiblings = 4096
+
+// siblings calls do with the regular files in a directory.
+func siblings(dir string, do func(path string, st os.FileInfo, head []byte)) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	list, err := d.ReadDir(maxSiblings)
+	if err != nil && len(list) == 0 {
+		return nil // empty, or not to be listed
+	}
+	for _, e := range list {
+		st, err := e.Info()
+		if err != nil || !st.Mode().IsRegular() {
+			continue
+		}
+		path := filepath.Join(dir, e.Name())
+		f, err := backend.Open(path, backend.Options{})
+		if err != nil {
+			continue
+		}
+		head := make([]byte, 512)
+		n, _ := f.ReadAt(head, 0) // what cannot be read is no image
+		_ = f.Close()             // opened for reading
+		do(path, st, head[:n])
+	}
+	return nil
+}
+
+func (s *Stack) checkOrphans(dir string, named map[string]bool, sink Sink) error {
+	return siblings(dir, func(path string, st os.FileInfo, head []byte) {
+		if ploop.Probe(head) && !named[filepath.Base(path)] {
+			sink.Report(Finding{Code: codeBundleOrphan, Place: Place{File: path, Offset: -1},
+				Text: fmt.Sprintf("an image of %d bytes that the descriptor does not name", st.Size())})
+		}
+	})
+}

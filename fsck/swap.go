@@ -1,0 +1,36 @@
+package fsck
+
+import (
+	"errors"
+	"path/filepath"
+
+	"github.com/google/renameio/v2"
+
+	"github.com/imagestack/imagestack/backend"
+)
+
+// swap replaces file j, at path, by one with the given content, at once and
+// durably, and opens it.
+func (h *holder) swap(j int, path string, content []byte) (backend.File, error) {
+	p, err := renameio.NewPendingFile(path, renameio.WithExistingPermissions())
+	if err != nil {
+		return nil, err
+	}
+	defer p.Cleanup()
+	if _, err := p.Write(content); err != nil {
+		return nil, err
+	}
+	if err := p.CloseAtomicallyReplace(); err != nil {
+		return nil, err
+	}
+	if err := SyncDir(filepath.Dir(path)); err != nil {
+		return nil, err
+	}
+	f, err := backend.Open(path, backend.Options{Writable: true})
+	if err != nil {
+		return nil, err
+	}
+	err = h.files[j].Close()
+	h.files[j] = f
+	return f, errors.Join(err)
+}
