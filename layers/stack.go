@@ -234,12 +234,29 @@ func (s *Stack) truncated(layer int, host int64) error {
 		Field: "data", Err: fmt.Errorf("mapped bytes behind the end of the file: %w", ErrCorrupt)}
 }
 
-// readPacked fills p with a part of a compressed cluster. A whole cluster is
-// decompressed in place; of others the decompressed cluster is kept, since
-// its neighbours are asked for next.
+// readPacked fills p with the compressed clusters, or parts of them, that e
+// covers. (Two clusters that name the same compressed bytes can be one
+// extent.)
 func (s *Stack) readPacked(ctx context.Context, l Layer, e blockmap.Extent, p []byte) error {
 	cluster := l.Granule()
-	within := e.Guest & (cluster - 1)
+	for len(p) > 0 {
+		within := e.Guest & (cluster - 1)
+		n := int(min(cluster-within, int64(len(p))))
+		if err := s.readPackedPart(ctx, l, e, p[:n], within); err != nil {
+			return err
+		}
+		e.Guest += int64(n)
+		e.Len -= int64(n)
+		p = p[n:]
+	}
+	return nil
+}
+
+// readPackedPart fills p from one cluster. A whole cluster is decompressed in
+// place; of others the decompressed cluster is kept, since its neighbours are
+// asked for next.
+func (s *Stack) readPackedPart(ctx context.Context, l Layer, e blockmap.Extent, p []byte, within int64) error {
+	cluster := l.Granule()
 	if int64(len(p)) == cluster {
 		return l.Unpack(ctx, e, p)
 	}

@@ -306,7 +306,23 @@ func TestStackReportsMissingBytes(t *testing.T) {
 	}
 }
 
-// An editor over several layers: the whole path of a write and of a read.
+// A hostile map can let several clusters name the same compressed bytes; they
+// are one extent then.
+func TestStackReadsJoinedPackedClusters(t *testing.T) {
+	l := newFake(8*65536, 65536, rand.New(rand.NewPCG(1, 1)), p)
+	for c := range l.host {
+		l.host[c] = l.host[0]
+	}
+	s, want := stackOf(t, []*fake{l}), modelOf([]*fake{l})
+	for _, off := range []int64{0, 100, 65536, 70_000} {
+		got := bytes.Repeat([]byte{0xee}, 200_000)
+		if _, err := s.ReadAt(context.Background(), got, off); err != nil || !bytes.Equal(got, want[off:off+200_000]) {
+			t.Errorf("read at %d: wrong content (%v)", off, err)
+		}
+	}
+}
+
+// A read through a pile takes nothing from the heap once the map is known.
 func TestStackReadAllocatesNothing(t *testing.T) {
 	ctx := context.Background()
 	s := stackOf(t, fakes(2, 8))
