@@ -22,7 +22,7 @@ func TestConform(t *testing.T) {
 		{Version: 3, ClusterSize: 4096, RefcountBits: 16, DataFile: "image.data", DataFileRaw: true},
 	} {
 		f := conform(o)
-		f.Scripts = 20
+		f.Scripts = int(min(16, 256<<10/o.ClusterSize))
 		// There is nothing below a raw data file, and it stays mapped.
 		f.Opaque, f.KeepsPlace = o.DataFileRaw, o.DataFileRaw
 		// QEMU looks for a data file in its own directory: for those see

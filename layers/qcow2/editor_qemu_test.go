@@ -180,7 +180,7 @@ func TestEditQemuImages(t *testing.T) {
 			path := filepath.Join(dir, "image.qcow2")
 			data := filepath.Join(dir, "image.data")
 			cs := int64(c.cluster)
-			size := min(60*cs, 16<<20) + cs/2 + 512
+			size := min(60*cs, 8<<20) + cs/2 + 512
 			opts := fmt.Sprintf("cluster_size=%d", cs)
 			if c.opts != "" {
 				opts += "," + strings.ReplaceAll(c.opts, "DATA", data)
@@ -233,7 +233,7 @@ func TestEditQemuImages(t *testing.T) {
 			below := layertest.NewBelow(back, 1)
 			model := qemuRead(t, path, "")
 			same(t, "before", readImage(t, path, back, ""), model)
-			for round := range 3 {
+			for round := range 2 {
 				length := fileLength(t, data) // QEMU rounds it up
 				img := openRW(t, path)
 				var log []string
