@@ -107,7 +107,7 @@ func randomPlan(t *rapid.T, f backend.File, old []byte, o PlanOptions) (*Plan, *
 		grown(dst + k)
 	}
 	if rapid.Bool().Draw(t, "size") {
-		to := rapid.Int64Range(0, m.size+3*unit).Draw(t, "to")
+		to := rapid.Int64Range(8*unit, m.size+3*unit).Draw(t, "to")
 		switch err := p.SetSize(to); {
 		case errors.Is(err, ErrPlan):
 		case err != nil:

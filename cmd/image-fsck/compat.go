@@ -1,0 +1,157 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/imagestack/imagestack/fsck"
+	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/layers"
+)
+
+// Exit codes of qemu-img check.
+const (
+	qemuOK          = 0
+	qemuError       = 1 // the check could not be done, or not in full
+	qemuCorrupt     = 2
+	qemuLeaks       = 3
+	qemuUnsupported = 63 // the format has no check
+)
+
+// qemuCheck has the keys of qemu-img check --output=json. Those that may be
+// absent are so when they are 0.
+type qemuCheck struct {
+	ImageEnd         int64  `json:"image-end-offset,omitempty"`
+	TotalClusters    int64  `json:"total-clusters,omitempty"`
+	CheckErrors      int64  `json:"check-errors"`
+	Corruptions      int64  `json:"corruptions,omitempty"`
+	Leaks            int64  `json:"leaks,omitempty"`
+	CorruptionsFixed int64  `json:"corruptions-fixed,omitempty"`
+	LeaksFixed       int64  `json:"leaks-fixed,omitempty"`
+	Allocated        int64  `json:"allocated-clusters,omitempty"`
+	Fragmented       int64  `json:"fragmented-clusters,omitempty"`
+	Compressed       int64  `json:"compressed-clusters,omitempty"`
+	Filename         string `json:"filename"`
+	Format           string `json:"format"`
+}
+
+// compatQemu prints what qemu-img check prints on stdout and returns its exit
+// code.
+func (r *run) compatQemu(w io.Writer, res *fsck.ImageResult) (int, error) {
+	if err := res.Err; err != nil || len(res.Files) == 0 || res.Files[0].Result == nil || res.Files[0].Left == nil {
+		return qemuError, nil // said on stderr
+	}
+	f := &res.Files[0]
+	if f.Err != nil {
+		if errors.Is(f.Err, layers.ErrUnsupported) {
+			return qemuUnsupported, nil
+		}
+		return qemuError, nil
+	}
+	if f.Format == "raw" {
+		fmt.Fprint(r.stderr, cli.Message("image-fsck", errors.New("This image format does not support checks")))
+		return qemuUnsupported, nil
+	}
+	q := newQemuCheck(f)
+	if n, _ := f.Left.Tally(fsck.Fatal); n > 0 && q.TotalClusters == 0 {
+		// What qemu-img cannot even open it does not report on.
+		for i := range f.Left.Findings {
+			if d := &f.Left.Findings[i]; d.Sev() == fsck.Fatal {
+				fmt.Fprint(r.stderr, cli.Message("image-fsck", fmt.Errorf("Could not open '%s': %s", f.Path, d.Text)))
+				break
+			}
+		}
+		return qemuError, nil
+	}
+	for i := range f.Found.Findings {
+		if d := &f.Found.Findings[i]; !r.JSON && d.Sev() > fsck.Note {
+			kind := "ERROR"
+			if d.Sev() == fsck.Leak {
+				kind = "Leaked cluster"
+			}
+			fmt.Fprintf(r.stderr, "%s %s\n", kind, line(&d.Finding))
+		}
+	}
+	if r.JSON {
+		if err := cli.PrintJSON(w, q); err != nil {
+			return qemuError, err
+		}
+	} else {
+		q.text(w)
+	}
+	switch {
+	case q.Corruptions > 0:
+		return qemuCorrupt, nil
+	case q.CheckErrors > 0:
+		return qemuError, nil
+	case q.Leaks > 0:
+		return qemuLeaks, nil
+	}
+	return qemuOK, nil
+}
+
+func newQemuCheck(f *fsck.FileResult) *qemuCheck {
+	s := &f.Left.Stats
+	q := &qemuCheck{
+		ImageEnd: s.ImageEnd, TotalClusters: s.TotalClusters, CheckErrors: s.CheckErrors,
+		Allocated: s.AllocatedClusters, Fragmented: s.FragmentedClusters, Compressed: s.CompressedClusters,
+		Filename: f.Path, Format: f.Format,
+	}
+	if q.Format == "ploop" {
+		q.Format = "parallels"
+	}
+	q.Corruptions, q.Leaks = tally(f.Left)
+	if f.Changed {
+		corruptions, leaks := tally(f.Found)
+		for _, rep := range f.Later {
+			c, l := tally(rep)
+			corruptions, leaks = max(corruptions, c), max(leaks, l)
+		}
+		q.CorruptionsFixed = max(0, corruptions-q.Corruptions)
+		q.LeaksFixed = max(0, leaks-q.Leaks)
+	}
+	return q
+}
+
+// tally counts corruptions, one for each finding, and leaks, which qemu-img
+// counts in clusters.
+func tally(r *fsck.Report) (corruptions, leaks int64) {
+	for _, s := range []fsck.Severity{fsck.Damage, fsck.Fatal} {
+		n, _ := r.Tally(s)
+		corruptions += n
+	}
+	leaks, _ = r.Tally(fsck.Leak)
+	if leaks > 0 {
+		leaks = max(leaks, r.Stats.LeakedClusters)
+	}
+	return corruptions, leaks
+}
+
+// text is the human form.
+func (q *qemuCheck) text(w io.Writer) {
+	if q.CorruptionsFixed+q.LeaksFixed > 0 {
+		fmt.Fprintf(w, "The following inconsistencies were found and repaired:\n\n    %d leaked clusters\n    %d corruptions\n\n"+
+			"Double checking the fixed image now...\n", q.LeaksFixed, q.CorruptionsFixed)
+	}
+	if q.Corruptions+q.Leaks+q.CheckErrors == 0 {
+		fmt.Fprintln(w, "No errors were found on the image.")
+	}
+	if q.Corruptions > 0 {
+		fmt.Fprintf(w, "\n%d errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.\n", q.Corruptions)
+	}
+	if q.Leaks > 0 {
+		fmt.Fprintf(w, "\n%d leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.\n", q.Leaks)
+	}
+	if q.CheckErrors > 0 {
+		fmt.Fprintf(w, "\n%d internal errors have occurred during the check.\n", q.CheckErrors)
+	}
+	if q.TotalClusters > 0 && q.Allocated > 0 {
+		fmt.Fprintf(w, "%d/%d = %0.2f%% allocated, %0.2f%% fragmented, %0.2f%% compressed clusters\n",
+			q.Allocated, q.TotalClusters, 100*float64(q.Allocated)/float64(q.TotalClusters),
+			100*float64(q.Fragmented)/float64(q.Allocated), 100*float64(q.Compressed)/float64(q.Allocated))
+	}
+	if q.ImageEnd > 0 {
+		fmt.Fprintf(w, "Image end offset: %d\n", q.ImageEnd)
+	}
+}
