@@ -286,6 +286,9 @@ func (r *runner) onceFresh(ctx context.Context, l *line, s *subject, pair int) (
 	if err := r.serve(ctx, l, s); err != nil {
 		return nil, err
 	}
+	if err := settleMemory(r.store.path("memory"), whole.size+whole.size/8); err != nil {
+		return nil, err
+	}
 	stride := int64(0)
 	if l.job == "randwrite-4k-once" {
 		stride = cluster(whole.format)
