@@ -230,28 +230,6 @@ func (r *refcounts) overflow(cluster int64, v uint64) error {
 		fmt.Errorf("%w: it does not fit into %d bits", layers.ErrUnsupported, 1<<r.order))
 }
 
-// increment counts one more reference to each cluster of a run.
-func (r *refcounts) increment(first, n int64) error {
-	for c := first; c < first+n; c++ {
-		v, err := r.get(c)
-		if err == nil && v >= maxRefcount(r.order) {
-			err = r.overflow(c, v)
-		}
-		if err == nil {
-			err = r.set(c, 1, v+1)
-		}
-		if err != nil {
-			for c--; c >= first; c-- { // these pages are pinned: no error
-				if v, err := r.get(c); err == nil {
-					_ = r.set(c, 1, v-1)
-				}
-			}
-			return err
-		}
-	}
-	return nil
-}
-
 // decrement counts one reference less and makes the cluster allocatable when
 // none is left. A count of zero is damage that was there before.
 func (r *refcounts) decrement(cluster int64) error {

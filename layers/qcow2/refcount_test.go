@@ -93,10 +93,10 @@ func TestRefcountOverflow(t *testing.T) {
 	r.undo(run.first, 1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if err := r.increment(run.first, 1); err != nil {
+	if err := r.set(run.first, 1, 1); err != nil {
 		t.Fatal(err)
 	}
-	if err := r.increment(run.first-1, 2); !errors.Is(err, layers.ErrUnsupported) {
+	if err := r.set(run.first-1, 2, 2); !errors.Is(err, layers.ErrUnsupported) {
 		t.Fatalf("second reference with one bit: %v", err)
 	}
 	for c := run.first - 1; c <= run.first; c++ {
