@@ -168,7 +168,9 @@ func TestExecutePowerCut(t *testing.T) {
 			undo, _ := r.Wrap(backend.NewMem("undo"))
 			p := makePlan(t, f)
 			want := make([]byte, p.size)
-			p.ReadAt(want, 0)
+			if err := readZero(p, want, 0); err != nil {
+				t.Fatal(err)
+			}
 			if err := execute(p, undo); err != nil {
 				t.Fatal(err)
 			}
@@ -326,6 +328,20 @@ func TestExecuteFaults(t *testing.T) {
 	}
 }
 
+func writeAt(t *testing.T, f backend.File, off int64) {
+	t.Helper()
+	if _, err := f.WriteAt([]byte{'x'}, off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func truncate(t *testing.T, f backend.File, n int64) {
+	t.Helper()
+	if err := f.Truncate(n); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestUndoRefuses(t *testing.T) {
 	repaired := func() (*backend.Mem, *backend.Mem) {
 		image, undo := backend.NewMemBytes("image", original()), backend.NewMem("undo")
@@ -345,18 +361,18 @@ func TestUndoRefuses(t *testing.T) {
 		}
 	}
 	image, undo := repaired()
-	image.WriteAt([]byte{'x'}, 2*4096+101)
+	writeAt(t, image, 2*4096+101)
 	refused("a sector that somebody wrote", image, undo, ErrChanged)
 	if _, err := ApplyUndo(t.Context(), undo, image, UndoOptions{Force: true}); err != nil || !bytes.Equal(image.Bytes(), original()) {
 		t.Errorf("force: %v", err)
 	}
 	image, undo = repaired()
-	image.WriteAt([]byte{'x'}, 3000)
+	writeAt(t, image, 3000)
 	refused("another head", image, undo, ErrChanged)
 	image, undo = repaired()
-	image.Truncate(19 * 4096)
+	truncate(t, image, 19*4096)
 	refused("longer", image, undo, ErrChanged)
-	image.Truncate(4096)
+	truncate(t, image, 4096)
 	refused("shorter", image, undo, ErrChanged)
 
 	image, undo = repaired()

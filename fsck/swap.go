@@ -16,7 +16,7 @@ func (h *holder) swap(j int, path string, content []byte) (backend.File, error) 
 	if err != nil {
 		return nil, err
 	}
-	defer p.Cleanup()
+	defer func() { _ = p.Cleanup() }() // nothing to do once it is in its place
 	if _, err := p.Write(content); err != nil {
 		return nil, err
 	}

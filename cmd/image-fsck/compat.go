@@ -50,7 +50,7 @@ func (r *run) compatQemu(w io.Writer, res *fsck.ImageResult) (int, error) {
 		return qemuError, nil
 	}
 	if f.Format == "raw" {
-		fmt.Fprint(r.stderr, cli.Message("image-fsck", errors.New("This image format does not support checks")))
+		fmt.Fprintln(r.stderr, "image-fsck: This image format does not support checks")
 		return qemuUnsupported, nil
 	}
 	q := newQemuCheck(f)
@@ -58,7 +58,7 @@ func (r *run) compatQemu(w io.Writer, res *fsck.ImageResult) (int, error) {
 		// What qemu-img cannot even open it does not report on.
 		for i := range f.Left.Findings {
 			if d := &f.Left.Findings[i]; d.Sev() == fsck.Fatal {
-				fmt.Fprint(r.stderr, cli.Message("image-fsck", fmt.Errorf("Could not open '%s': %s", f.Path, d.Text)))
+				fmt.Fprintf(r.stderr, "image-fsck: Could not open '%s': %s\n", f.Path, d.Text)
 				break
 			}
 		}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
@@ -52,6 +53,11 @@ func (r *run) check() error {
 	for _, set := range []bool{r.No, r.Preen || r.Auto, r.Yes} {
 		if set {
 			modes++
+		}
+	}
+	for _, format := range []string{r.Format, r.BackingFormat} {
+		if !slices.Contains([]string{"", "raw", "ploop", "parallels", "qcow2"}, format) {
+			return fmt.Errorf("format %q: raw, ploop and qcow2 are checked", format)
 		}
 	}
 	switch {

@@ -11,7 +11,7 @@ import (
 	"github.com/imagestack/imagestack/layers/ploop"
 )
 
-// ErrLoop: an image is its own parent, directly or over others.
+// ErrLoop says that an image is its own parent, directly or over others.
 var ErrLoop = errors.New("loop of parents")
 
 // Traced is an image that belongs to a stack.
