@@ -1,0 +1,461 @@
+package sandbox
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/internal/imgtest"
+)
+
+const childEnv = "IMAGESTACK_SANDBOX_CHILD"
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(childEnv); dir != "" {
+		child(dir)
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// job is what a child process is asked to do.
+type job struct {
+	Policy Policy
+	Seal   bool
+}
+
+// child confines itself and reports what each attempt gave, "" for success.
+func child(dir string) {
+	var j job
+	text, err := os.ReadFile(filepath.Join(dir, "job"))
+	if err == nil {
+		err = json.Unmarshal(text, &j)
+	}
+	if err != nil {
+		panic(err)
+	}
+	// Threads from before and threads from after: all are held.
+	const threads = 12
+	var start, done sync.WaitGroup
+	goOn := make(chan struct{})
+	results := make([]map[string]string, threads)
+	start.Add(threads)
+	for i := range threads {
+		done.Go(func() {
+			runtime.LockOSThread()
+			start.Done()
+			<-goOn
+			results[i] = attempts(dir)
+		})
+	}
+	start.Wait()
+	open, err := os.OpenFile(filepath.Join(dir, "write", "open"), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		panic(err)
+	}
+	warnings, err := Confine(j.Policy)
+	if err != nil {
+		fmt.Println(err)
+		os.Exit(3)
+	}
+	if len(warnings) > 0 {
+		panic(warnings)
+	}
+	if j.Seal {
+		if err := Seal(j.Policy.Mode); err != nil {
+			panic(err)
+		}
+	}
+	close(goOn)
+	done.Wait()
+	later := make([]map[string]string, threads)
+	for i := range threads {
+		done.Go(func() {
+			runtime.LockOSThread() // not unlocked: the thread ends
+			later[i] = attempts(dir)
+		})
+	}
+	done.Wait()
+	merged := map[string]string{}
+	for _, r := range append(results, later...) {
+		for what, got := range r {
+			if prev, ok := merged[what]; ok && prev != got {
+				got = fmt.Sprintf("threads differ: %q, %q", prev, got)
+			}
+			merged[what] = got
+		}
+	}
+	// What was open stays usable: data, size, holes, locks.
+	record := func(what string, err error) {
+		merged[what] = ""
+		if err != nil {
+			merged[what] = err.Error()
+		}
+	}
+	_, err = open.WriteAt([]byte("hello"), 4096)
+	record("use: write", err)
+	record("use: sync", open.Sync())
+	record("use: truncate", open.Truncate(1<<20))
+	record("use: punch", unix.Fallocate(int(open.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 8192))
+	record("use: lock", unix.FcntlFlock(open.Fd(), unix.F_OFD_SETLK, &unix.Flock_t{Type: unix.F_RDLCK, Len: 1}))
+	merged["uid"] = fmt.Sprint(os.Getuid(), os.Getgid())
+	var hdr = unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&hdr, &data[0]); err != nil {
+		panic(err)
+	}
+	merged["caps"] = fmt.Sprintf("%x", data[0].Permitted|data[0].Effective|data[0].Inheritable|data[1].Permitted)
+	if err := json.NewEncoder(os.Stdout).Encode(merged); err != nil {
+		panic(err)
+	}
+}
+
+// attempts tries everything; "" is success.
+func attempts(dir string) map[string]string {
+	got := map[string]string{}
+	try := func(what string, err error) {
+		got[what] = ""
+		if err != nil {
+			var errno unix.Errno
+			if !errors.As(err, &errno) {
+				got[what] = err.Error()
+				return
+			}
+			got[what] = unix.ErrnoName(errno)
+		}
+	}
+	file := func(what, path string, flags int) {
+		f, err := os.OpenFile(path, flags, 0o600)
+		if err == nil {
+			_ = f.Close()
+		}
+		try(what, err)
+	}
+	file("read in read", dir+"/read/file", os.O_RDONLY)
+	file("write in read", dir+"/read/file", os.O_RDWR)
+	file("make in read", dir+"/read/new", os.O_RDWR|os.O_CREATE)
+	file("read below read", dir+"/read/sub/file", os.O_RDONLY)
+	file("list read", dir+"/read", os.O_RDONLY)
+	file("list list", dir+"/list", os.O_RDONLY)
+	file("read in list", dir+"/list/file", os.O_RDONLY)
+	file("read in write", dir+"/write/file", os.O_RDONLY)
+	file("write in write", dir+"/write/file", os.O_RDWR)
+	file("make in write", dir+"/write/new", os.O_RDWR|os.O_CREATE)
+	file("read file", dir+"/file", os.O_RDONLY)
+	file("read link out", dir+"/read/link", os.O_RDONLY)
+	file("read elsewhere", "/etc/passwd", os.O_RDONLY)
+	file("read proc", "/proc/self/environ", os.O_RDONLY)
+	file("write proc", "/proc/self/mem", os.O_RDWR)
+	file("device", "/dev/null", os.O_RDWR)
+	try("unlink", os.Remove(dir+"/write/none"))
+	try("truncate elsewhere", os.Truncate(dir+"/file", 1))
+	try("exec", exec.Command("/bin/true").Run())
+	try("execve", unix.Exec("/bin/true", []string{"true"}, nil))
+	_, err := net.DialTimeout("tcp", "127.0.0.1:1", time.Second)
+	try("tcp", err)
+	_, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
+	try("socket", err)
+	_, err = net.Listen("tcp", "127.0.0.1:0")
+	try("listen", err)
+	try("signal", unix.Kill(1, 0))
+	try("signal parent", unix.Kill(os.Getppid(), 0))
+	try("signal self", unix.Kill(os.Getpid(), 0))
+	try("ptrace", unix.PtraceAttach(os.Getppid()))
+	try("mount", unix.Mount("none", dir, "tmpfs", 0, ""))
+	try("umount", unix.Unmount(dir, 0))
+	try("unshare", unix.Unshare(unix.CLONE_NEWUSER))
+	_, err = unix.KeyctlInt(unix.KEYCTL_GET_KEYRING_ID, unix.KEY_SPEC_SESSION_KEYRING, 0, 0, 0)
+	try("keyctl", err)
+	_, _, errno := unix.Syscall(unix.SYS_BPF, 0, 0, 0)
+	try("bpf", errnoErr(errno))
+	_, _, errno = unix.Syscall(unix.SYS_IO_URING_SETUP, 1, 0, 0)
+	try("io_uring", errnoErr(errno))
+	_, _, errno = unix.Syscall(unix.SYS_CLONE3, 0, 0, 0)
+	try("clone3", errnoErr(errno))
+	m, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_EXEC, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err == nil {
+		_ = unix.Munmap(m)
+	}
+	try("executable memory", err)
+	return got
+}
+
+func errnoErr(e unix.Errno) error {
+	if e == 0 {
+		return nil
+	}
+	return e
+}
+
+// run runs a child with the policy in a fresh directory and returns what it
+// could do.
+func run(t *testing.T, p func(dir string) Policy, seal bool) map[string]string {
+	t.Helper()
+	dir := t.TempDir()
+	for _, name := range []string{"read/file", "read/sub/file", "list/file", "write/file", "file"} {
+		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(filepath.Join(dir, name), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.Symlink("../file", dir+"/read/link"); err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(job{p(dir), seal})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(dir+"/job", text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Args[0])
+	cmd.Env = append(os.Environ(), childEnv+"="+dir)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	if err := cmd.Run(); err != nil {
+		t.Fatalf("%v\n%s%s", err, &out, &errOut)
+	}
+	var got map[string]string
+	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
+		t.Fatalf("%v\n%s", err, &out)
+	}
+	return got
+}
+
+func check(t *testing.T, got map[string]string, want map[string]string) {
+	t.Helper()
+	for what, w := range want {
+		g, ok := got[what]
+		if !ok {
+			t.Errorf("%s was not tried", what)
+		}
+		for alternative := range strings.SplitSeq(w, "|") {
+			if g == alternative {
+				w = g
+			}
+		}
+		if g != w {
+			t.Errorf("%s: %q, want %q", what, g, w)
+		}
+	}
+	for what, g := range got {
+		if _, ok := want[what]; !ok {
+			t.Errorf("nothing is said about %s: %q", what, g)
+		}
+	}
+}
+
+// everywhere are the answers that do not depend on the policy.
+func everywhere(more map[string]string) map[string]string {
+	want := map[string]string{
+		"exec": "EPERM|EACCES", "execve": "EPERM", "tcp": "EPERM", "socket": "EPERM", "listen": "EPERM",
+		"signal": "EPERM", "signal parent": "EPERM", "signal self": "", "ptrace": "EPERM",
+		"mount": "EPERM", "umount": "EPERM", "unshare": "EPERM", "keyctl": "EPERM", "bpf": "EPERM", "io_uring": "EPERM",
+		"clone3":     "ENOSYS",
+		"use: write": "", "use: sync": "", "use: truncate": "", "use: punch": "", "use: lock": "",
+	}
+	for what, w := range more {
+		want[what] = w
+	}
+	return want
+}
+
+func requireSandbox(t *testing.T) {
+	t.Helper()
+	if !Available() {
+		if os.Getenv("IMAGESTACK_REQUIRE") == "all" {
+			t.Fatal("this kernel has no Landlock")
+		}
+		t.Skip("this kernel has no Landlock")
+	}
+}
+
+func policy(dir string) Policy {
+	return Policy{Mode: Require, List: []string{dir + "/list"}, Read: []string{dir + "/read"}, Write: []string{dir + "/write"}}
+}
+
+func TestConfine(t *testing.T) {
+	requireSandbox(t)
+	want := everywhere(map[string]string{
+		"read in read": "", "write in read": "EACCES", "make in read": "EACCES", "read below read": "", "list read": "",
+		"list list": "", "read in list": "EACCES",
+		"read in write": "", "write in write": "", "make in write": "",
+		"read file": "EACCES", "read link out": "EACCES", "read elsewhere": "EACCES", "read proc": "EACCES",
+		"write proc": "EACCES", "device": "EACCES", "unlink": "ENOENT|EACCES", "truncate elsewhere": "EACCES",
+		"executable memory": "", "uid": fmt.Sprint(os.Getuid(), os.Getgid()), "caps": "0",
+	})
+	if os.Geteuid() == 0 {
+		want["caps"] = "2" // CAP_DAC_OVERRIDE
+	}
+	check(t, run(t, policy, false), want)
+}
+
+func TestSeal(t *testing.T) {
+	requireSandbox(t)
+	want := everywhere(map[string]string{"uid": fmt.Sprint(os.Getuid(), os.Getgid()), "caps": "0", "executable memory": "EPERM"})
+	for _, what := range []string{
+		"read in read", "write in read", "make in read", "read below read", "list read", "list list", "read in list",
+		"read in write", "write in write", "make in write", "read file", "read link out", "read elsewhere", "read proc",
+		"write proc", "device", "unlink", "truncate elsewhere",
+	} {
+		want[what] = "EPERM"
+	}
+	check(t, run(t, policy, true), want)
+}
+
+// Another user still opens what root was asked to open, until Seal.
+func TestUser(t *testing.T) {
+	requireSandbox(t)
+	imgtest.RequireRoot(t)
+	u, err := LookupUser("nobody")
+	if err != nil {
+		t.Fatal(err)
+	}
+	as := func(dir string) Policy {
+		p := policy(dir)
+		p.User = u
+		return p
+	}
+	got := run(t, as, false)
+	for what, want := range map[string]string{
+		"uid": fmt.Sprint(u.UID, u.GID), "caps": "2", "read in read": "", "write in write": "", "make in write": "", "read file": "EACCES",
+	} {
+		if got[what] != want {
+			t.Errorf("%s: %q, want %q", what, got[what], want)
+		}
+	}
+	got = run(t, as, true)
+	if got["uid"] != fmt.Sprint(u.UID, u.GID) || got["caps"] != "0" || got["read in read"] != "EPERM" || got["use: write"] != "" {
+		t.Errorf("%q", got)
+	}
+	// A reader gets the capability of a reader.
+	reader := func(dir string) Policy { return Policy{Mode: Require, Read: []string{dir + "/read"}, User: u} }
+	if got := run(t, reader, false); got["caps"] != "4" || got["read in read"] != "" || got["write in read"] != "EACCES" {
+		t.Errorf("%q", got)
+	}
+}
+
+func TestLookupUser(t *testing.T) {
+	for name, want := range map[string]User{"root": {0, 0}, "0": {0, 0}, "4000123": {4000123, 4000123}} {
+		if u, err := LookupUser(name); err != nil || *u != want {
+			t.Errorf("%s: %v, %v", name, u, err)
+		}
+	}
+	for _, name := range []string{"", "no such user", "-1", "99999999999"} {
+		if u, err := LookupUser(name); err == nil {
+			t.Errorf("%q: %v", name, u)
+		}
+	}
+}
+
+func TestOff(t *testing.T) {
+	if w, err := Confine(Policy{Mode: Off}); w != nil || err != nil {
+		t.Error(w, err)
+	}
+	if err := Seal(Off); err != nil {
+		t.Error(err)
+	}
+	if _, err := Confine(Policy{Mode: Off, User: &User{1, 1}}); err == nil {
+		t.Error("another user without a sandbox")
+	}
+	if _, err := os.ReadFile("/etc/passwd"); err != nil {
+		t.Error(err)
+	}
+}
+
+// eval runs a filter as the kernel does.
+func eval(p []unix.SockFilter, nr, arch uint32, args [6]uint64) uint32 {
+	var a uint32
+	for pc := 0; ; pc++ {
+		i := p[pc]
+		jump := func(cond bool) {
+			if cond {
+				pc += int(i.Jt)
+			} else {
+				pc += int(i.Jf)
+			}
+		}
+		switch i.Code {
+		case unix.BPF_LD | unix.BPF_W | unix.BPF_ABS:
+			switch {
+			case i.K == dataNr:
+				a = nr
+			case i.K == dataArch:
+				a = arch
+			default:
+				n := (i.K - dataArgs) / 8
+				a = uint32(args[n] >> (8 * ((i.K - dataArgs) % 8)))
+			}
+		case unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K:
+			jump(a == i.K)
+		case unix.BPF_JMP | unix.BPF_JGE | unix.BPF_K:
+			jump(a >= i.K)
+		case unix.BPF_JMP | unix.BPF_JSET | unix.BPF_K:
+			jump(a&i.K != 0)
+		case unix.BPF_RET | unix.BPF_K:
+			return i.K
+		default:
+			panic(i)
+		}
+	}
+}
+
+func TestFilter(t *testing.T) {
+	refused := func(e unix.Errno) uint32 { return unix.SECCOMP_RET_ERRNO | uint32(e) }
+	p := compile(append(confineRules(), sealRules()...))
+	if len(p) > unix.BPF_MAXINSNS {
+		t.Errorf("%d instructions", len(p))
+	}
+	self := uint64(os.Getpid())
+	for _, c := range []struct {
+		nr   uint32
+		args [6]uint64
+		want uint32
+	}{
+		{nr: unix.SYS_READ, want: unix.SECCOMP_RET_ALLOW},
+		{nr: unix.SYS_PWRITEV, want: unix.SECCOMP_RET_ALLOW},
+		{nr: unix.SYS_FUTEX, want: unix.SECCOMP_RET_ALLOW},
+		{nr: unix.SYS_EXECVE, want: refused(unix.EPERM)},
+		{nr: unix.SYS_CLONE, args: [6]uint64{unix.CLONE_VM | unix.CLONE_THREAD | unix.CLONE_SIGHAND}, want: unix.SECCOMP_RET_ALLOW},
+		{nr: unix.SYS_CLONE, args: [6]uint64{unix.CLONE_VM | unix.CLONE_VFORK | uint64(unix.SIGCHLD)}, want: refused(unix.EPERM)},
+		{nr: unix.SYS_CLONE3, want: refused(unix.ENOSYS)},
+		{nr: unix.SYS_TGKILL, args: [6]uint64{self, 7, 10}, want: unix.SECCOMP_RET_ALLOW},
+		{nr: unix.SYS_TGKILL, args: [6]uint64{self + 1, 7, 10}, want: refused(unix.EPERM)},
+		{nr: unix.SYS_KILL, args: [6]uint64{^uint64(0), 9}, want: refused(unix.EPERM)},
+		{nr: unix.SYS_IOCTL, args: [6]uint64{0, unix.TIOCSTI}, want: refused(unix.EPERM)},
+		{nr: unix.SYS_IOCTL, args: [6]uint64{0, 1<<32 | unix.TIOCSTI}, want: refused(unix.EPERM)},
+		{nr: unix.SYS_IOCTL, args: [6]uint64{0, unix.BLKGETSIZE64}, want: unix.SECCOMP_RET_ALLOW},
+		{nr: unix.SYS_MMAP, args: [6]uint64{0, 4096, unix.PROT_READ | unix.PROT_WRITE}, want: unix.SECCOMP_RET_ALLOW},
+		{nr: unix.SYS_MMAP, args: [6]uint64{0, 4096, unix.PROT_READ | unix.PROT_EXEC}, want: refused(unix.EPERM)},
+		{nr: unix.SYS_OPENAT, want: refused(unix.EPERM)},
+	} {
+		if got := eval(p, c.nr, auditArch, c.args); got != c.want {
+			t.Errorf("call %d %v: %#x, want %#x", c.nr, c.args, got, c.want)
+		}
+	}
+	if got := eval(p, unix.SYS_READ, auditArch+1, [6]uint64{}); got != unix.SECCOMP_RET_KILL_PROCESS {
+		t.Errorf("another architecture: %#x", got)
+	}
+	if firstForeign < 1<<31 {
+		if got := eval(p, unix.SYS_READ|firstForeign, auditArch, [6]uint64{}); got != refused(unix.ENOSYS) {
+			t.Errorf("x32: %#x", got)
+		}
+	}
+}
