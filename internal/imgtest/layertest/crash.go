@@ -50,7 +50,7 @@ func record(f Factory, d draw) (*recording, error) {
 		if a.Op == "sync" {
 			mu.Lock()
 			defer mu.Unlock()
-			r.sites = append(r.sites, site())
+			r.sites = append(r.sites, SyncSite())
 		}
 		return Verdict{}
 	})
@@ -92,15 +92,16 @@ func (r *recording) wrap(plain *Dir) (*Dir, error) {
 	return dir, nil
 }
 
-// site tells which code asked for a sync: the innermost two callers outside of
-// this package.
-func site() string {
+// SyncSite tells which code asked for a sync, when it is called from a Hook:
+// the innermost two callers outside of the packages that record.
+func SyncSite() string {
 	var pcs [24]uintptr
 	frames := runtime.CallersFrames(pcs[:runtime.Callers(3, pcs[:])])
 	var list []string
 	for {
 		f, more := frames.Next()
-		in := !strings.Contains(f.File, "imgtest/layertest/") || strings.HasSuffix(f.File, "ref_test.go")
+		in := !strings.Contains(f.File, "imgtest/layertest/") && !strings.Contains(f.File, "imgtest/crash/") ||
+			strings.HasSuffix(f.File, "ref_test.go")
 		if in && !strings.Contains(f.Function, "/backend.") {
 			list = append(list, fmt.Sprintf("%s (%s:%d)", path.Base(f.Function), path.Base(f.File), f.Line))
 		}

@@ -1,0 +1,65 @@
+package crash_test
+
+import (
+	"flag"
+	"fmt"
+	"sort"
+	"sync"
+	"testing"
+
+	"github.com/imagestack/imagestack/internal/imgtest/crash"
+)
+
+var (
+	states = flag.Int("crash.states", 2000, "distinct states of all operations together, at least")
+	full   = flag.Bool("crash.full", false, "build all subsets of pieces, with 200 random ones for each epoch")
+	sample = flag.Int("crash.sample", 20, "show one state in so many to qemu-img or ploop")
+	seed   = flag.Uint64("crash.seed", 1, "the first seed")
+)
+
+// TestPowerCuts runs the table.
+func TestPowerCuts(t *testing.T) {
+	ops := table(t)
+	var mu sync.Mutex
+	var reports []*crash.Report
+	var controls crash.Controls
+	t.Cleanup(func() {
+		summary(t, reports, &controls)
+		if err := controls.Verify(harmless); err != nil && len(reports) == len(ops) {
+			t.Error(err)
+		}
+	})
+	for _, o := range ops {
+		t.Run(o.Name, func(t *testing.T) {
+			t.Parallel()
+			rep, err := crash.Examine(t.Context(), o, crash.Options{
+				States: *states/len(ops) + 1, Full: *full, Sample: *sample, Oracle: crash.Oracle(t, t.TempDir()), Seed: *seed, Controls: &controls,
+			})
+			mu.Lock()
+			reports = append(reports, rep)
+			mu.Unlock()
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+// summary prints what was seen, and fails when it was too little.
+func summary(t *testing.T, reports []*crash.Report, controls *crash.Controls) {
+	sort.Slice(reports, func(i, j int) bool { return reports[i].Op < reports[j].Op })
+	var all crash.Report
+	fmt.Printf("%-62s %7s %8s %8s %6s %6s\n", "power cuts in", "seeds", "states", "distinct", "shown", "syncs")
+	for _, r := range reports {
+		fmt.Printf("%-62s %7d %8d %8d %6d %6d\n", r.Op, r.Seeds, r.States, r.Distinct, r.Oracle, r.Syncs)
+		all.States += r.States
+		all.Distinct += r.Distinct
+		all.Oracle += r.Oracle
+	}
+	places, noticed := controls.Counts()
+	fmt.Printf("crash: %d operations, %d states, %d distinct, %d shown to qemu-img or ploop; of %d places that sync, %d are missed when left out\n",
+		len(reports), all.States, all.Distinct, all.Oracle, places, noticed)
+	if !t.Failed() && all.Distinct < *states {
+		t.Errorf("%d distinct states, want %d", all.Distinct, *states)
+	}
+}
