@@ -1,0 +1,202 @@
+package ploopfsck
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/imagestack/imagestack/fsck"
+)
+
+// badRuns reports bad entries and plans their repair.
+func (c *check) badRuns(runs []run) error {
+	for _, r := range runs {
+		c.bad.Add(r.count)
+		var err error
+		switch {
+		case r.bad == codeTruncated:
+			err = c.truncated(r)
+		case r.bad == codeBeyond:
+			err = c.beyond(r)
+		default:
+			err = c.unusable(r)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// entryFinding is a finding about entries.
+func (c *check) entryFinding(r run, text string) fsck.Finding {
+	f := fsck.Finding{Code: r.bad, Text: text, Guest: c.guest(r.idx, r.count),
+		Place: fsck.Place{Offset: entryOff(r.idx), Field: fmt.Sprintf("BAT[%d]", r.idx), Value: r.entry}}
+	if r.count > 1 {
+		f.Text += fmt.Sprintf("; so do the %d entries behind it", r.count-1)
+	}
+	return f
+}
+
+// unusable handles entries that point to no cluster.
+func (c *check) unusable(r run) error {
+	host := c.host(r.entry)
+	text := ""
+	switch r.bad {
+	case codeInvalid:
+		text = "points nowhere"
+	case codeUnaligned:
+		text = fmt.Sprintf("points to byte %#x, inside a cluster of %d bytes", host, c.cluster)
+	case codeMetadata:
+		text = fmt.Sprintf("points to byte %#x, before the data, which begins at %#x", host, c.firstData)
+	default:
+		text = fmt.Sprintf("points to byte %#x, behind the file of %#x bytes", host, c.eof)
+		if host == c.eof {
+			text = fmt.Sprintf("points to byte %#x, where the file ends", host)
+		}
+	}
+	f := c.entryFinding(r, text)
+	if !c.convert {
+		fix := "empty it"
+		if c.c.Parent {
+			fix = "give it a cluster of zeros"
+		}
+		f.Fix = &fsck.Fix{Text: fix, Level: fsck.Full, Loses: f.Guest}
+	}
+	// In front of the data is nothing of the guest's; what lies behind an
+	// unaligned entry may be.
+	keeps := r.bad == codeUnaligned && host >= c.firstData && host < c.eof
+	if keeps && c.full(int(r.count)) {
+		f.Fix, f.Text = nil, f.Text+" (left for the next round of repair)"
+	}
+	c.suspect.Store(true)
+	if !c.report(f) {
+		return nil
+	}
+	for k := range r.count {
+		idx := r.idx + k
+		if keeps {
+			var b [4]byte
+			if err := c.read(b[:], entryOff(idx)); err != nil {
+				return err
+			}
+			if at := c.host(le.Uint32(b[:])); at >= c.firstData {
+				if _, err := c.keep(idx*c.cluster, at, c.cluster); err != nil {
+					return err
+				}
+			}
+		}
+		if c.c.Parent {
+			if err := c.giveZeros(idx); err != nil {
+				return err
+			}
+		}
+	}
+	if c.c.Parent {
+		return nil
+	}
+	return c.zeroEntries(r.idx, r.count)
+}
+
+// full reports whether lost+found has no room for n more pieces in this round.
+func (c *check) full(n int) bool {
+	c.fixMu.Lock()
+	defer c.fixMu.Unlock()
+	return c.plan != nil && c.lost > 0 && c.lost+n > maxLost
+}
+
+// zeroEntries empties entries.
+func (c *check) zeroEntries(idx, count int64) error {
+	var zeros [4096]byte
+	for count > 0 {
+		n := min(count, int64(len(zeros))/4)
+		if err := c.plan.Write(fsck.PhaseMap, entryOff(idx), zeros[:4*n]); err != nil {
+			return err
+		}
+		idx, count = idx+n, count-n
+	}
+	return nil
+}
+
+// setEntry lets an entry point to the cluster at byte host.
+func (c *check) setEntry(idx, host int64) error {
+	var b [4]byte
+	le.PutUint32(b[:], c.entry(host))
+	return c.plan.Write(fsck.PhaseMap, entryOff(idx), b[:])
+}
+
+// giveZeros gives an entry a new cluster of zeros, an empty entry where there
+// is no room for one.
+func (c *check) giveZeros(idx int64) error {
+	at, err := c.allocate()
+	if err == nil {
+		err = c.plan.Zero(fsck.PhaseNew, at, c.cluster)
+	}
+	if errors.Is(err, fsck.ErrNoRoom) {
+		return c.zeroEntries(idx, 1)
+	}
+	if err != nil {
+		return err
+	}
+	c.used++
+	return c.setEntry(idx, at)
+}
+
+// beyond handles entries behind the end of the disk. In the padding of the BAT
+// no cluster of this disk can be named, whatever else is wrong.
+func (c *check) beyond(r run) error {
+	f := c.entryFinding(r, fmt.Sprintf("the disk has only %d clusters", c.clusters()))
+	level := fsck.Full
+	if r.idx >= c.entries && !c.doubt {
+		level = fsck.Preen
+	}
+	if !c.convert {
+		f.Fix = &fsck.Fix{Text: "empty it", Level: level}
+	}
+	if c.full(int(r.count)) {
+		f.Fix, f.Text = nil, f.Text+" (left for the next round of repair)"
+	}
+	// Who empties the entry makes its cluster a leak.
+	defer c.suspect.Store(true)
+	if !c.report(f) {
+		return nil
+	}
+	for k := range r.count {
+		var b [4]byte
+		if err := c.read(b[:], entryOff(r.idx+k)); err != nil {
+			return err
+		}
+		if at := c.host(le.Uint32(b[:])); at >= c.firstData && at < c.eof && le.Uint32(b[:]) != noEntry {
+			if _, err := c.keep((r.idx+k)*c.cluster, at, c.cluster); err != nil {
+				return err
+			}
+		}
+	}
+	return c.zeroEntries(r.idx, r.count)
+}
+
+// truncated handles the entry whose cluster is cut off by the end of the file.
+func (c *check) truncated(r run) error {
+	host := c.host(r.entry)
+	f := c.entryFinding(r, fmt.Sprintf("%d of %d bytes of the cluster are in the file", c.eof-host, c.cluster))
+	lost := c.guest(r.idx, 1)
+	lost[0].Off += c.eof - host
+	if lost[0].Len -= c.eof - host; lost[0].Len <= 0 {
+		lost = nil
+	}
+	level := fsck.Full
+	if len(lost) == 0 && !c.doubt {
+		level = fsck.Preen
+	}
+	if !c.convert {
+		f.Fix = &fsck.Fix{Text: "complete the cluster with zeros", Level: level, Loses: lost}
+	}
+	if !c.report(f) {
+		c.space.tailBusy = true
+		return nil
+	}
+	if c.end > 0 || c.space.completed {
+		return nil // the file reaches further already
+	}
+	c.space.completed = true
+	return c.plan.Zero(fsck.PhaseCounts, c.eof, host+c.cluster-c.eof)
+}
