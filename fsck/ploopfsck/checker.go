@@ -38,6 +38,7 @@ import (
 
 func init() {
 	fsck.RegisterChecker(Checker{})
+	fsck.RegisterChecker(DescriptorChecker{})
 }
 
 // Checker checks one ploop image. The zero value is the registered one.

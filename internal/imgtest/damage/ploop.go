@@ -183,9 +183,13 @@ func Ploop() []PloopDamage {
 
 // ploopCase makes a case of one of the versions from an image that is sound
 // until hurt.
-func ploopCase(name string, image func() *PloopImage, hurt func(*PloopImage), preen, full State, lost []blockmap.Range, qemu, tool int, codes ...string) PloopDamage {
+func ploopCase(name string, image func() *PloopImage, hurt func(*PloopImage), preen, full State, lost []blockmap.Range, codes ...string) PloopDamage {
+	v, ok := ploopVerdicts[name]
+	if !ok {
+		panic("no verdicts on " + name)
+	}
 	return PloopDamage{
-		Damage: Damage{Name: name, Format: "ploop", Codes: codes, Preen: preen, Full: full, Lost: lost, Foreign: qemu,
+		Damage: Damage{Name: name, Format: "ploop", Codes: codes, Preen: preen, Full: full, Lost: lost, Foreign: v.qemu,
 			Build: func(t testing.TB, dir string) string {
 				t.Helper()
 				p := image()
@@ -197,7 +201,7 @@ func ploopCase(name string, image func() *PloopImage, hurt func(*PloopImage), pr
 				p.Write(t, path)
 				return path
 			}},
-		Tool: tool,
+		Tool: v.tool,
 	}
 }
 
@@ -208,107 +212,107 @@ func put32(off int, v uint32) func(*PloopImage) { return func(p *PloopImage) { p
 func put64(off int, v uint64) func(*PloopImage) { return func(p *PloopImage) { p.Put64(off, v) } }
 
 func ploopHeader() []PloopDamage {
-	h := func(name string, hurt func(*PloopImage), preen, full State, qemu, tool int, codes ...string) PloopDamage {
-		return ploopCase("header/"+name, v2, hurt, preen, full, nil, qemu, tool, codes...)
+	h := func(name string, hurt func(*PloopImage), preen, full State, codes ...string) PloopDamage {
+		return ploopCase("header/"+name, v2, hurt, preen, full, nil, codes...)
 	}
 	return []PloopDamage{
-		h("short", func(p *PloopImage) { p.B = p.B[:63] }, Fatal, Fatal, -1, -1, "ploop.header.short"),
-		h("no signature", func(p *PloopImage) { copy(p.B, "something else!!") }, Fatal, Fatal, -1, -1, "ploop.header.signature"),
-		h("signature", func(p *PloopImage) { p.B[3] ^= 0x40 }, Fatal, Clean, -1, -1, "ploop.header.signature"),
-		h("type", put32(16, 3), Damaged, Clean, -1, -1, "ploop.header.type"),
-		h("cluster 0", put32(28, 0), Damaged, Clean, -1, -1, "ploop.header.cluster-size"),
-		h("cluster doubled", put32(28, 256), Damaged, Clean, -1, -1, "ploop.header.cluster-size"),
-		h("cluster huge", put32(28, 1<<31), Damaged, Clean, -1, -1, "ploop.header.cluster-size"),
-		h("one entry too few", put32(32, 15), Damaged, Clean, -1, -1, "ploop.header.bat-size"),
-		h("one entry too many", put32(32, 17), Damaged, Clean, -1, -1, "ploop.header.bat-size"),
-		h("entries huge", put32(32, 0x7fffffff), Damaged, Clean, -1, -1, "ploop.header.bat-size"),
-		h("disk too large", put64(36, 1<<40), Damaged, Clean, -1, -1, "ploop.header.disk-size"),
-		h("disk too small", put64(36, 1024), Damaged, Clean, -1, -1, "ploop.header.disk-size"),
-		h("all sizes", func(p *PloopImage) { p.Put32(28, 0).Put32(32, 7).Put32(48, 5) }, Fatal, Fatal, -1, -1, "ploop.header.geometry"),
-		h("first block 0", put32(48, 0), Damaged, Clean, -1, -1, "ploop.header.first-block"),
-		h("first block unaligned", put32(48, 129), Damaged, Clean, -1, -1, "ploop.header.first-block"),
-		h("first block late", put32(48, 256), Damaged, Clean, -1, -1, "ploop.header.first-block"),
-		h("first block behind the file", put32(48, 0xffffff80), Damaged, Clean, -1, -1, "ploop.header.first-block"),
-		ploopCase("header/high word", v1, put32(40, 0xdead), Clean, Clean, nil, -1, -1, "ploop.header.size-high-word"),
-		h("in use", put32(44, 0x746f6e59), Clean, Clean, 2, 37, "ploop.header.in-use"),
-		h("in use, unknown value", put32(44, 0xdeadbeef), Clean, Clean, -1, 37, "ploop.header.in-use-value"),
-		h("v2.1 without extension", put32(44, 0x312e3276), Clean, Clean, 0, 37, "ploop.header.v21-without-extension"),
-		h("empty set", put32(52, 1), Clean, Clean, 0, 0, "ploop.header.empty-set"),
-		ploopCase("header/empty missing", func() *PloopImage { return NewPloop(2, ploopK, 16) }, put32(52, 0), Clean, Clean, nil, 0, 0, "ploop.header.empty-missing"),
-		h("converting, entries valid", put32(52, 2), Fatal, Clean, -1, -1, "ploop.header.converting"),
-		h("converting, in both forms", func(p *PloopImage) { p.Put32(52, 2).Put32(64+12, 256) }, Fatal, Fatal, -1, -1, "ploop.header.converting"),
-		h("unknown flags", put32(52, 0x100), Clean, Clean, -1, -1, "ploop.header.unknown-flags"),
+		h("short", func(p *PloopImage) { p.B = p.B[:63] }, Fatal, Fatal, "ploop.header.short"),
+		h("no signature", func(p *PloopImage) { copy(p.B, "something else!!") }, Fatal, Fatal, "ploop.header.signature"),
+		h("signature", func(p *PloopImage) { p.B[3] ^= 0x40 }, Fatal, Clean, "ploop.header.signature"),
+		h("type", put32(16, 3), Damaged, Clean, "ploop.header.type"),
+		h("cluster 0", put32(28, 0), Damaged, Clean, "ploop.header.cluster-size"),
+		h("cluster doubled", put32(28, 256), Damaged, Clean, "ploop.header.cluster-size"),
+		h("cluster huge", put32(28, 1<<31), Damaged, Clean, "ploop.header.cluster-size"),
+		h("one entry too few", put32(32, 15), Damaged, Clean, "ploop.header.bat-size"),
+		h("one entry too many", put32(32, 17), Damaged, Clean, "ploop.header.bat-size"),
+		h("entries huge", put32(32, 0x7fffffff), Damaged, Clean, "ploop.header.bat-size"),
+		h("disk too large", put64(36, 1<<40), Damaged, Clean, "ploop.header.disk-size"),
+		h("disk too small", put64(36, 1024), Damaged, Clean, "ploop.header.disk-size"),
+		h("all sizes", func(p *PloopImage) { p.Put32(28, 0).Put32(32, 7).Put32(48, 5) }, Fatal, Fatal, "ploop.header.geometry"),
+		h("first block 0", put32(48, 0), Damaged, Clean, "ploop.header.first-block"),
+		h("first block unaligned", put32(48, 129), Damaged, Clean, "ploop.header.first-block"),
+		h("first block late", put32(48, 256), Damaged, Clean, "ploop.header.first-block"),
+		h("first block behind the file", put32(48, 0xffffff80), Damaged, Clean, "ploop.header.first-block"),
+		ploopCase("header/high word", v1, put32(40, 0xdead), Clean, Clean, nil, "ploop.header.size-high-word"),
+		h("in use", put32(44, 0x746f6e59), Clean, Clean, "ploop.header.in-use"),
+		h("in use, unknown value", put32(44, 0xdeadbeef), Clean, Clean, "ploop.header.in-use-value"),
+		h("v2.1 without extension", put32(44, 0x312e3276), Clean, Clean, "ploop.header.v21-without-extension"),
+		h("empty set", put32(52, 1), Clean, Clean, "ploop.header.empty-set"),
+		ploopCase("header/empty missing", func() *PloopImage { return NewPloop(2, ploopK, 16) }, put32(52, 0), Clean, Clean, nil, "ploop.header.empty-missing"),
+		h("converting, entries valid", put32(52, 2), Fatal, Clean, "ploop.header.converting"),
+		h("converting, in both forms", func(p *PloopImage) { p.Put32(52, 2).Put32(64+12, 256) }, Fatal, Fatal, "ploop.header.converting"),
+		h("unknown flags", put32(52, 0x100), Clean, Clean, "ploop.header.unknown-flags"),
 	}
 }
 
 func ploopEntries() []PloopDamage {
-	entry := func(name string, version int, idx int, v uint32, lost []blockmap.Range, qemu, tool int, codes ...string) PloopDamage {
+	entry := func(name string, version int, idx int, v uint32, lost []blockmap.Range, codes ...string) PloopDamage {
 		image := v2
 		if version == 1 {
 			image = v1
 		}
-		return ploopCase("bat/"+name, image, put32(64+4*idx, v), Damaged, Clean, lost, qemu, tool, codes...)
+		return ploopCase("bat/"+name, image, put32(64+4*idx, v), Damaged, Clean, lost, codes...)
 	}
 	all := []PloopDamage{
-		entry("at the end of the file", 2, 3, 5, guestClusters(3), 0, 11, "ploop.bat.past-eof", "ploop.leak.suspect"),
-		entry("at the end of the file v1", 1, 3, 5*128, guestClusters(3), 0, 11, "ploop.bat.past-eof"),
-		entry("far behind the end", 2, 7, 0x7fffffff, guestClusters(7), 2, 11, "ploop.bat.past-eof"),
-		entry("invalid", 2, 3, 0xffffffff, guestClusters(3), 2, 11, "ploop.bat.invalid"),
-		entry("invalid v1", 1, 3, 0xffffffff, guestClusters(3), 2, 11, "ploop.bat.invalid"),
-		entry("unaligned v1", 1, 3, 129, guestClusters(3), 0, 11, "ploop.bat.unaligned"),
-		entry("unaligned into the BAT v1", 1, 3, 1, guestClusters(3), 0, 11, "ploop.bat.unaligned"),
-		entry("duplicate", 2, 9, 2, guestClusters(3, 9), 0, 11, "ploop.bat.duplicate"),
-		entry("duplicate v1", 1, 9, 2*128, guestClusters(3, 9), 0, 11, "ploop.bat.duplicate"),
-		entry("duplicate that lost its own", 2, 15, 3, guestClusters(4, 15), -1, 11, "ploop.bat.duplicate", "ploop.leak.suspect"),
+		entry("at the end of the file", 2, 3, 5, guestClusters(3), "ploop.bat.past-eof", "ploop.leak.suspect"),
+		entry("at the end of the file v1", 1, 3, 5*128, guestClusters(3), "ploop.bat.past-eof"),
+		entry("far behind the end", 2, 7, 0x7fffffff, guestClusters(7), "ploop.bat.past-eof"),
+		entry("invalid", 2, 3, 0xffffffff, guestClusters(3), "ploop.bat.invalid"),
+		entry("invalid v1", 1, 3, 0xffffffff, guestClusters(3), "ploop.bat.invalid"),
+		entry("unaligned v1", 1, 3, 129, guestClusters(3), "ploop.bat.unaligned"),
+		entry("unaligned into the BAT v1", 1, 3, 1, guestClusters(3), "ploop.bat.unaligned"),
+		entry("duplicate", 2, 9, 2, guestClusters(3, 9), "ploop.bat.duplicate"),
+		entry("duplicate v1", 1, 9, 2*128, guestClusters(3, 9), "ploop.bat.duplicate"),
+		entry("duplicate that lost its own", 2, 15, 3, guestClusters(4, 15), "ploop.bat.duplicate", "ploop.leak.suspect"),
 		ploopCase("bat/five owners", v2, func(p *PloopImage) {
 			for _, idx := range []int{1, 7, 8, 9} {
 				p.SetEntry(idx, 2)
 			}
-		}, Damaged, Clean, guestClusters(1, 3, 7, 8, 9), 0, 11, "ploop.bat.duplicate"),
+		}, Damaged, Clean, guestClusters(1, 3, 7, 8, 9), "ploop.bat.duplicate"),
 		ploopCase("bat/all on one", v2, func(p *PloopImage) {
 			for idx := range 16 {
 				p.SetEntry(idx, 2)
 			}
-		}, Damaged, Clean, []blockmap.Range{{Len: 16 * ploopK}}, -1, 11, "ploop.bat.duplicate"),
-		ploopCase("bat/behind the disk", v2, func(p *PloopImage) { p.SetEntry(16, 2) }, Clean, Clean, nil, 0, 11, "ploop.bat.beyond-disk"),
-		ploopCase("bat/far behind the disk", v2, func(p *PloopImage) { p.Put32(64+4*1000, 77) }, Clean, Clean, nil, 0, 0, "ploop.bat.beyond-disk"),
-		ploopCase("bat/behind the disk v1", v1, func(p *PloopImage) { p.SetEntry(17, 3) }, Clean, Clean, nil, 0, 0, "ploop.bat.beyond-disk"),
+		}, Damaged, Clean, []blockmap.Range{{Len: 16 * ploopK}}, "ploop.bat.duplicate"),
+		ploopCase("bat/behind the disk", v2, func(p *PloopImage) { p.SetEntry(16, 2) }, Clean, Clean, nil, "ploop.bat.beyond-disk"),
+		ploopCase("bat/far behind the disk", v2, func(p *PloopImage) { p.Put32(64+4*1000, 77) }, Clean, Clean, nil, "ploop.bat.beyond-disk"),
+		ploopCase("bat/behind the disk v1", v1, func(p *PloopImage) { p.SetEntry(17, 3) }, Clean, Clean, nil, "ploop.bat.beyond-disk"),
 		ploopCase("bat/several at once", v2, func(p *PloopImage) {
 			p.Put32(44, 0x746f6e59).Put32(52, 1).Put32(64+4*5, 900).SetEntry(9, 1).Append(77)
 			p.B = append(p.B, 1, 2, 3)
-		}, Damaged, Clean, guestClusters(0, 5, 9), 2, 11,
+		}, Damaged, Clean, guestClusters(0, 5, 9),
 			"ploop.header.in-use", "ploop.bat.past-eof", "ploop.bat.duplicate", "ploop.leak.suspect"),
 	}
 	large := func() *PloopImage { return NewPloop(2, 32<<10, 8200, 0, 3, 8199) }
 	all = append(all,
 		ploopCase("bat/into the BAT", large, func(p *PloopImage) { p.SetEntry(3, 1) }, Damaged, Clean,
-			[]blockmap.Range{{Off: 3 * 32 << 10, Len: 32 << 10}}, -1, 11, "ploop.bat.into-metadata"))
+			[]blockmap.Range{{Off: 3 * 32 << 10, Len: 32 << 10}}, "ploop.bat.into-metadata"))
 	return all
 }
 
 func ploopSpace() []PloopDamage {
 	return []PloopDamage{
 		ploopCase("file/last cluster cut off", v2, func(p *PloopImage) { p.B = p.B[:len(p.B)-1000] }, Damaged, Clean,
-			[]blockmap.Range{{Off: 16*ploopK - 1000, Len: 1000}}, 0, 11, "ploop.bat.truncated-cluster"),
+			[]blockmap.Range{{Off: 16*ploopK - 1000, Len: 1000}}, "ploop.bat.truncated-cluster"),
 		ploopCase("file/last cluster gone", v2, func(p *PloopImage) { p.B = p.B[:len(p.B)-ploopK] }, Damaged, Clean,
-			guestClusters(15), 0, 11, "ploop.bat.past-eof"),
+			guestClusters(15), "ploop.bat.past-eof"),
 		ploopCase("file/cut inside the BAT", v2, func(p *PloopImage) { p.B = p.B[:100] }, Fatal, Clean,
-			[]blockmap.Range{{Len: 16 * ploopK}}, -1, -1, "ploop.bat.cut-off"),
-		ploopCase("file/ragged", v2, func(p *PloopImage) { p.B = append(p.B, 1, 2, 3) }, Clean, Clean, nil, -1, -1, "ploop.file.ragged"),
-		ploopCase("file/leak at the end", v2, func(p *PloopImage) { p.Append(99); p.Append(98) }, Clean, Clean, nil, 3, 0, "ploop.leak.tail"),
-		ploopCase("file/leak at the end, ragged", v1, func(p *PloopImage) { p.Append(99); p.B = append(p.B, 1) }, Clean, Clean, nil, 3, -1, "ploop.leak.tail", "ploop.file.ragged"),
+			[]blockmap.Range{{Len: 16 * ploopK}}, "ploop.bat.cut-off"),
+		ploopCase("file/ragged", v2, func(p *PloopImage) { p.B = append(p.B, 1, 2, 3) }, Clean, Clean, nil, "ploop.file.ragged"),
+		ploopCase("file/leak at the end", v2, func(p *PloopImage) { p.Append(99); p.Append(98) }, Clean, Clean, nil, "ploop.leak.tail"),
+		ploopCase("file/leak at the end, ragged", v1, func(p *PloopImage) { p.Append(99); p.B = append(p.B, 1) }, Clean, Clean, nil, "ploop.leak.tail", "ploop.file.ragged"),
 		ploopCase("file/leak inside", func() *PloopImage {
 			p := sound(2)
 			p.SetEntry(3, 0).SetEntry(15, 4)
 			return p
-		}, func(*PloopImage) {}, Clean, Clean, nil, 0, 0, "ploop.leak.inner"),
+		}, func(*PloopImage) {}, Clean, Clean, nil, "ploop.leak.inner"),
 		ploopCase("file/hole in a cluster", v2, func(p *PloopImage) {
 			clear(p.B[2*ploopK : 2*ploopK+8192])
 			p.Holes = []blockmap.Range{{Off: 2 * ploopK, Len: 8192}}
-		}, Clean, Clean, []blockmap.Range{{Off: 3 * ploopK, Len: 8192}}, 0, 11, "ploop.host.hole"),
+		}, Clean, Clean, []blockmap.Range{{Off: 3 * ploopK, Len: 8192}}, "ploop.host.hole"),
 		ploopCase("file/hole in the BAT area", v2, func(p *PloopImage) {
 			p.Holes = []blockmap.Range{{Off: 8192, Len: ploopK - 8192}}
-		}, Clean, Clean, nil, 0, 11, "ploop.host.hole-metadata"),
+		}, Clean, Clean, nil, "ploop.host.hole-metadata"),
 	}
 }
 
@@ -316,7 +320,7 @@ func ploopExtension() []PloopDamage {
 	with := func() *PloopImage { return sound(2).AddExtension() }
 	ext := func(p *PloopImage) int { return int(le.Uint64(p.B[56:])) * 512 }
 	x := func(name string, hurt func(*PloopImage), preen, full State, codes ...string) PloopDamage {
-		return ploopCase("extension/"+name, with, hurt, preen, full, nil, -1, -1, codes...)
+		return ploopCase("extension/"+name, with, hurt, preen, full, nil, codes...)
 	}
 	sealed := func(off int, v uint64) func(*PloopImage) {
 		return func(p *PloopImage) { p.Put64(ext(p)+off, v).Seal() }
