@@ -5,6 +5,8 @@ MODULE   := github.com/imagestack/imagestack
 PREFIX   ?= /usr/local
 DESTDIR  ?=
 FUZZTIME ?= 30s
+# Distinct states after power cuts, at least.
+CRASH_STATES ?= 100000
 # Packages for test and race; the default is everything.
 PKGS     ?= ./...
 
@@ -16,12 +18,13 @@ BUILD    := $(GO) build -trimpath -buildvcs=false -ldflags '-X $(MODULE)/interna
 GOLANGCI_VERSION := 2.15.0
 TOOLS    := $(CURDIR)/.tools
 
-.PHONY: build test check lint race fuzz bench bench-quick demo install deps clean help
+.PHONY: build test check lint race crash fuzz bench bench-quick demo install deps clean help
 
 help:
 	@echo 'make build        the tools, in bin/'
 	@echo 'make test         what the continuous integration runs (root: everything; others: what needs no root)'
 	@echo 'make check        gofmt, vet, golangci-lint (with the floors of the house), tests with -race'
+	@echo 'make crash        power cuts at every moment of all that changes a file: CRASH_STATES=$(CRASH_STATES) states'
 	@echo 'make fuzz         every fuzz target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make bench        speed beside qemu-storage-daemon and the bare file (bench-quick: minutes less)'
 	@echo 'make demo         build, make sample images, mount them, list the files in them'
@@ -46,6 +49,10 @@ lint:
 race:
 	scripts/deps test check
 	GOTEST_FLAGS=-race scripts/gotest $(PKGS)
+
+crash:
+	scripts/deps test
+	CRASH_STATES=$(CRASH_STATES) scripts/crash
 
 fuzz:
 	scripts/fuzz $(FUZZTIME)

@@ -30,6 +30,7 @@ const (
 	evPunch
 	evZero
 	evSync
+	evNames
 )
 
 // event is one operation that had an effect. off is the length for evTruncate.
@@ -40,6 +41,8 @@ type event struct {
 	n    int64
 	data []byte
 	ok   bool // of a sync
+	// names is of evNames, one change or the two of a rename.
+	names []nameChange
 }
 
 func (e event) String() string {
@@ -54,6 +57,8 @@ func (e event) String() string {
 		return fmt.Sprintf("zero %d+%d", e.off, e.n)
 	case evSync:
 		return fmt.Sprintf("sync (%t)", e.ok)
+	case evNames:
+		return fmt.Sprintf("names %v", e.names)
 	}
 	return "unknown"
 }
@@ -63,7 +68,8 @@ type recorded struct {
 	f     File
 	r     *Recorder
 	index int
-	base  *Mem // the content when recording began
+	base  *Mem           // the content when recording began
+	names map[string]int // of a directory (see Names), instead of content
 }
 
 // NewRecorder returns a Recorder without files.

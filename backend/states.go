@@ -3,6 +3,7 @@ package backend
 import (
 	"fmt"
 	"iter"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"strings"
@@ -15,7 +16,8 @@ import (
 //   - any subset of everything else that was begun: the cache writes back in
 //     any order and as little or as much as it likes. Writes are torn into
 //     pieces, as a disk writes sectors and a cache pages. Truncate, PunchHole
-//     and ZeroRange are one piece each and as unordered as writes are.
+//     and ZeroRange are one piece each and as unordered as writes are, and so
+//     is each change of the names in a directory.
 //
 // Pieces that survive take effect in the order of the log. What a failed Sync
 // left behind may be lost at any time, even after later Syncs that succeed.
@@ -49,6 +51,9 @@ type State struct {
 	// Files are the files in the order of Recorder.Wrap. They are the
 	// receiver's own: opening and repairing them harms no other state.
 	Files []*Mem
+	// Names are the names in each directory of Recorder.Names, which lead to
+	// indexes of Files; its place in Files is empty. nil for files.
+	Names []map[string]int
 	// Epoch is how many Syncs had been called before the cut.
 	Epoch int
 	// Completed is how many Syncs had returned nil before the cut (the
@@ -120,6 +125,7 @@ func (r *Recorder) States(o StateOptions) iter.Seq[*State] {
 		b := &builder{o: o, yield: yield, seen: map[uint64]bool{}}
 		for _, f := range files {
 			b.durable = append(b.durable, f.base.Clone())
+			b.names = append(b.names, maps.Clone(f.names))
 		}
 		for _, e := range log {
 			if e.kind != evSync {
@@ -139,7 +145,8 @@ func (r *Recorder) States(o StateOptions) iter.Seq[*State] {
 type builder struct {
 	o         StateOptions
 	yield     func(*State) bool
-	durable   []*Mem  // everything certain that nothing uncertain precedes
+	durable   []*Mem // everything certain that nothing uncertain precedes
+	names     []map[string]int
 	pieces    []piece // the rest, in order
 	epoch     int
 	completed int
@@ -185,7 +192,7 @@ func (b *builder) sync(e event) {
 	var rest []piece
 	for _, p := range b.pieces {
 		if p.certain && !blocked[p.file] {
-			apply(b.durable[p.file], p.event)
+			apply(b.durable[p.file], b.names[p.file], p.event)
 		} else {
 			blocked[p.file] = true
 			rest = append(rest, p)
@@ -195,9 +202,11 @@ func (b *builder) sync(e event) {
 }
 
 // apply does one piece. Mem cannot fail on what a file has done before.
-func apply(m *Mem, e event) {
+func apply(m *Mem, names map[string]int, e event) {
 	size := m.size
 	switch e.kind {
+	case evNames:
+		applyNames(names, e)
 	case evWrite:
 		m.write(e.data, e.off)
 	case evTruncate:
@@ -229,14 +238,20 @@ func (b *builder) cuts() bool {
 		for _, f := range b.durable {
 			s.Files = append(s.Files, f.Clone())
 		}
+		for _, n := range b.names {
+			s.Names = append(s.Names, maps.Clone(n))
+		}
 		for i, p := range pieces {
 			if p.certain || s.applied[i] {
-				apply(s.Files[p.file], p.event)
+				apply(s.Files[p.file], s.Names[p.file], p.event)
 			}
 		}
 		sum := uint64(0)
 		for _, f := range s.Files {
 			sum = sum*0x9e3779b97f4a7c15 + f.Hash()
+		}
+		for _, n := range s.Names {
+			sum = sum*0x9e3779b97f4a7c15 + hashNames(n)
 		}
 		if b.seen[sum] {
 			continue

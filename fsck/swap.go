@@ -12,7 +12,7 @@ import (
 // swap replaces file j, at path, by one with the given content, at once and
 // durably, and opens it.
 func (h *holder) swap(j int, path string, content []byte) (backend.File, error) {
-	p, err := renameio.NewPendingFile(path, renameio.WithExistingPermissions())
+	p, err := renameio.NewPendingFile(path, renameio.WithExistingPermissions(), renameio.WithTempDir(filepath.Dir(path)))
 	if err != nil {
 		return nil, err
 	}

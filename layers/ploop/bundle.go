@@ -56,10 +56,12 @@ func (d *Descriptor) Store(name string) error {
 	if err != nil {
 		return err
 	}
-	if err := renameio.WriteFile(name, b, 0o644); err != nil {
+	// Not by way of $TMPDIR, which belongs to others and may be full.
+	dir := filepath.Dir(name)
+	if err := renameio.WriteFile(name, b, 0o644, renameio.WithTempDir(dir)); err != nil {
 		return err
 	}
-	return syncDir(filepath.Dir(name))
+	return syncDir(dir)
 }
 
 // syncDir makes the names in dir durable.
@@ -89,6 +91,10 @@ func CreateBundle(ctx context.Context, dir string, o CreateOptions) (err error) 
 		return err
 	}
 	err = errors.Join(Create(ctx, f, o), f.Close())
+	if err == nil {
+		// The image's name is durable before that of what names it.
+		err = syncDir(dir)
+	}
 	if err == nil {
 		err = d.Store(name)
 	}

@@ -165,6 +165,7 @@ type Report struct {
 func Examine(ctx context.Context, op Op, o Options) (*Report, error) {
 	rep := &Report{Op: op.Name}
 	seen := map[uint64]bool{}
+	stuck := 0 // seeds in a row that brought nothing new
 	for n := uint64(0); n < maxSeeds; n++ {
 		r, err := record(ctx, op, o.Seed+n)
 		if err != nil {
@@ -180,7 +181,12 @@ func Examine(ctx context.Context, op Op, o Options) (*Report, error) {
 		rep.Seeds++
 		rep.Syncs += r.rec.SyncCalls()
 		rep.Distinct = len(seen)
-		if n+1 >= controlSeeds && (len(seen) >= o.States || len(seen) == before || op.Fixed) {
+		if len(seen) > before {
+			stuck = 0
+		} else {
+			stuck++
+		}
+		if n+1 >= controlSeeds && (len(seen) >= o.States || stuck == 5 || op.Fixed) {
 			break
 		}
 	}

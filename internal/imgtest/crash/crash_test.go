@@ -7,6 +7,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/crash"
 )
 
@@ -19,28 +20,41 @@ var (
 
 // TestPowerCuts runs the table.
 func TestPowerCuts(t *testing.T) {
-	ops := table(t)
+	imgtest.Require(t, "strace")
+	ops, names := table(t), namesTable()
 	var mu sync.Mutex
 	var reports []*crash.Report
 	var controls crash.Controls
 	t.Cleanup(func() {
 		summary(t, reports, &controls)
-		if err := controls.Verify(harmless); err != nil && len(reports) == len(ops) {
+		if err := controls.Verify(harmless); err != nil && len(reports) == len(ops)+len(names) {
 			t.Error(err)
 		}
 	})
-	for _, o := range ops {
-		t.Run(o.Name, func(t *testing.T) {
+	done := func(t *testing.T, rep *crash.Report, err error) {
+		mu.Lock()
+		reports = append(reports, rep)
+		mu.Unlock()
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	// Some operations have no more states than a few.
+	o := crash.Options{States: *states*5/4/len(ops) + 1, Full: *full, Sample: *sample, Seed: *seed, Controls: &controls}
+	for _, op := range ops {
+		t.Run(op.Name, func(t *testing.T) {
 			t.Parallel()
-			rep, err := crash.Examine(t.Context(), o, crash.Options{
-				States: *states/len(ops) + 1, Full: *full, Sample: *sample, Oracle: crash.Oracle(t, t.TempDir()), Seed: *seed, Controls: &controls,
-			})
-			mu.Lock()
-			reports = append(reports, rep)
-			mu.Unlock()
-			if err != nil {
-				t.Error(err)
-			}
+			o := o
+			o.Oracle = crash.Oracle(t, t.TempDir())
+			rep, err := crash.Examine(t.Context(), op, o)
+			done(t, rep, err)
+		})
+	}
+	for _, op := range names {
+		t.Run(op.Name, func(t *testing.T) {
+			t.Parallel()
+			rep, err := crash.ExamineNames(t.Context(), op, t.TempDir(), o)
+			done(t, rep, err)
 		})
 	}
 }

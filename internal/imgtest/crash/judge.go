@@ -9,6 +9,7 @@ import (
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
+	_ "github.com/imagestack/imagestack/fsck/ploopfsck" // the checker
 	"github.com/imagestack/imagestack/internal/imgtest/layertest"
 )
 
@@ -76,6 +77,11 @@ func (st *State) Check(ctx context.Context, worst fsck.Severity) error {
 	return check(ctx, st.r.image.Format, st.Dir, worst, st.r.op.May)
 }
 
+// CheckDir asks our checker about the image in dir, of which leaks are allowed.
+func CheckDir(ctx context.Context, format string, dir *layertest.Dir) error {
+	return check(ctx, format, dir, fsck.Leak, nil)
+}
+
 func check(ctx context.Context, format string, dir *layertest.Dir, worst fsck.Severity, may []string) (err error) {
 	if format == "raw" {
 		return nil // nothing to check
@@ -103,6 +109,11 @@ func check(ctx context.Context, format string, dir *layertest.Dir, worst fsck.Se
 		}
 	}
 	return nil
+}
+
+// Again does the operation again on the state.
+func (st *State) Again(ctx context.Context) error {
+	return st.r.op.Run(ctx, newRerun(st.r.image, st.Dir, st.r.seed, len(st.r.sess.now)))
 }
 
 // Rerun does the operation again on the state and compares the end with that

@@ -9,6 +9,10 @@ import (
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/internal/imgtest/crash"
+	"github.com/imagestack/imagestack/internal/imgtest/layertest"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/ploop"
+	"github.com/imagestack/imagestack/layers/qcow2"
 	"github.com/imagestack/imagestack/layers/raw"
 )
 
@@ -85,4 +89,74 @@ func closedJudge(ctx context.Context, st *crash.State) error {
 		return errors.New("Close has returned, but the image is in use")
 	}
 	return st.Standard(ctx)
+}
+
+// nothing is an empty file, whose format is none yet.
+func nothing(uint64) (*crash.Image, error) { return image("", backend.NewMem(crash.ImageFile)), nil }
+
+// blank is an image that is not read as such.
+func blank(s setup) setup {
+	return func(seed uint64) (*crash.Image, error) {
+		img, err := s(seed)
+		if err != nil {
+			return nil, err
+		}
+		with := *img
+		with.Format = ""
+		return &with, nil
+	}
+}
+
+func create(format string, o qcow2.CreateOptions) func(context.Context, *crash.Session) error {
+	return func(ctx context.Context, s *crash.Session) error {
+		f, err := s.Dir.Open(crash.ImageFile, true)
+		if err != nil {
+			return err
+		}
+		if format == "qcow2" {
+			return errors.Join(qcow2.Create(ctx, f, o), f.Close())
+		}
+		return errors.Join(ploop.Create(ctx, f, ploop.CreateOptions{Size: o.Size, ClusterSize: o.ClusterSize}), f.Close())
+	}
+}
+
+// createdJudge: no image, the old one untouched, or the whole new one, of the
+// given size; that one once Create has returned, and when it is called again.
+func createdJudge(format string, size int64) func(context.Context, *crash.State) error {
+	return func(ctx context.Context, st *crash.State) error {
+		if err := created(ctx, st, format, size, st.Done); err != nil {
+			return err
+		}
+		if err := st.Again(ctx); err != nil {
+			return err
+		}
+		return created(ctx, st, format, size, true)
+	}
+}
+
+func created(ctx context.Context, st *crash.State, format string, size int64, must bool) error {
+	s := crash.Session{Image: image(format, nil), Dir: st.Dir}
+	now, old := st.Files[crash.ImageFile], st.Image().Files[crash.ImageFile]
+	if !must && now.Hash() == old.Hash() {
+		return nil
+	}
+	l, err := s.Open(ctx, false, "")
+	if errors.Is(err, layers.ErrFormat) && !must {
+		if head := bytesOf(st, 64); qcow2.Probe(head) || ploop.Probe(head) {
+			return fmt.Errorf("looks like an image: %w", err)
+		}
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if l.Size() != size {
+		err = fmt.Errorf("a disk of %d bytes", l.Size())
+	}
+	p := make([]byte, 64<<10)
+	err = errors.Join(err, layertest.ReadLayer(ctx, l, layertest.NewBelow(nil, 1), p, size-int64(len(p))), l.Close())
+	if err != nil {
+		return err
+	}
+	return crash.CheckDir(ctx, format, st.Dir)
 }

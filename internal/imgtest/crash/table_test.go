@@ -88,6 +88,9 @@ func table(t testing.TB) []op {
 		{Name: "ploop/writing in place and flush", Setup: filled(p2, half(512*k)), Run: mixed(8, most, 4, 0, 0, 0, 3), Judge: closedJudge},
 		{Name: "ploop/the format extension is dropped", Setup: changed(filled(p2, half(64*k)), withExtension), Run: mixed(3, 40*k), Judge: extensionJudge},
 		{Name: "ploop/taken over after a crash, closed", Setup: changed(filled(p2, half(64*k)), inUse), Run: mixed(2, 8*k), Judge: closedJudge},
+		{Name: "qcow2/create", Setup: nothing, Run: create("qcow2", c{Size: 1 << 40, ClusterSize: 4 * k, BackingFile: "base", BackingFormat: "raw"}), Judge: createdJudge("qcow2", 1<<40), Fixed: true},
+		{Name: "qcow2/create over an image", Setup: blank(qcow2New(c{Size: 4 << 20, ClusterSize: 512})), Run: create("qcow2", c{Size: 1 << 30, ClusterSize: 4 * k}), Judge: createdJudge("qcow2", 1<<30), Fixed: true},
+		{Name: "ploop/create", Setup: nothing, Run: create("ploop", c{Size: 1 << 30, ClusterSize: 32 * k}), Judge: createdJudge("ploop", 1<<30), Fixed: true},
 		{Name: "raw/writes and discards", Setup: rawNew(256 * k), Run: mixed(10, most)},
 	}
 }
