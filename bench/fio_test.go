@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -106,7 +107,7 @@ func TestWriteIOLog(t *testing.T) {
 	}
 	seen := map[string]bool{}
 	ascending := true
-	last := ""
+	var last int64
 	for line := range strings.Lines(string(b)) {
 		f := strings.Fields(line)
 		if len(f) == 4 && f[1] == "write" {
@@ -114,8 +115,12 @@ func TestWriteIOLog(t *testing.T) {
 				t.Errorf("offset %s twice: its second write would meet a mapped cluster", f[2])
 			}
 			seen[f[2]] = true
-			ascending = ascending && len(f[2]) >= len(last)
-			last = f[2]
+			off, err := strconv.ParseInt(f[2], 10, 64)
+			if err != nil || off%64 != 0 || f[3] != "4096" {
+				t.Errorf("line %q, %v", line, err)
+			}
+			ascending = ascending && off >= last
+			last = off
 		}
 	}
 	if len(seen) != 100 || ascending {
