@@ -23,6 +23,9 @@ type flags struct {
 	Force         bool     `short:"f" help:"With --undo-apply: restore although the image was changed since. A check is never skipped, so fsck(8)'s -f changes nothing."`
 	Undo          string   `placeholder:"FILE" help:"Undo file, or directory for it (default: IMAGE.undo, IMAGE.undo.1, …)."`
 	UndoApply     string   `placeholder:"FILE" help:"Take back the repair of IMAGE that wrote this undo file."`
+	Dump          string   `placeholder:"FILE" help:"Write all metadata of IMAGE to a file, for --restore."`
+	DumpJSON      bool     `name:"dump-json" help:"Print where the metadata and the data of IMAGE lie, as JSON."`
+	Restore       string   `placeholder:"FILE" help:"Put back the metadata of a damaged IMAGE from a dump that fits; shows what it would do without -y."`
 	JSON          bool     `help:"Print one JSON document on stdout."`
 	Progress      string   `default:"auto" placeholder:"MODE" help:"auto, bar, plain or none."`
 	ProgressFD    *int     `short:"C" name:"progress-fd" placeholder:"FD" help:"Write progress to this descriptor as e2fsck does; 0 is a bar on stderr."`

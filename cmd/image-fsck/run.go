@@ -41,8 +41,13 @@ func (r *run) do(ctx context.Context) error {
 		}
 		defer r.fd.close()
 	}
-	if r.UndoApply != "" {
+	switch {
+	case r.UndoApply != "":
 		return r.undo(ctx)
+	case r.Dump != "" || r.DumpJSON:
+		return r.dump(ctx)
+	case r.Restore != "":
+		return r.restore(ctx)
 	}
 	return r.fsck(ctx)
 }
@@ -60,13 +65,23 @@ func (r *run) check() error {
 			return fmt.Errorf("format %q: raw, ploop and qcow2 are checked", format)
 		}
 	}
+	others := 0 // instead of a check
+	for _, set := range []bool{r.UndoApply != "", r.Dump != "", r.DumpJSON, r.Restore != ""} {
+		if set {
+			others++
+		}
+	}
 	switch {
 	case modes > 1:
 		return errors.New("-n, -p and -y exclude each other")
-	case r.UndoApply != "" && len(r.Images) != 1:
-		return errors.New("--undo-apply wants one image")
-	case r.UndoApply != "" && (modes > 0 || r.Undo != "" || r.Compat != ""):
-		return errors.New("--undo-apply excludes -n, -p, -y, --undo and --compat")
+	case others > 1:
+		return errors.New("--undo-apply, --dump, --dump-json and --restore exclude each other")
+	case others > 0 && (len(r.Images) != 1 || r.Compat != ""):
+		return errors.New("--undo-apply, --dump, --dump-json and --restore want one image, and no --compat")
+	case others > 0 && r.Restore == "" && (modes > 0 || r.Undo != ""):
+		return errors.New("--undo-apply, --dump and --dump-json exclude -n, -p, -y and --undo")
+	case r.Restore != "" && (r.Preen || r.Auto):
+		return errors.New("--restore is for -n or -y")
 	case r.No && r.Undo != "":
 		return errors.New("--undo is of no use with -n")
 	case r.Compat != "" && len(r.Images) != 1:

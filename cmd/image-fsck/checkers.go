@@ -1,0 +1,6 @@
+package main
+
+import (
+	// The checkers make themselves known.
+	_ "github.com/imagestack/imagestack/fsck/ploopfsck"
+)

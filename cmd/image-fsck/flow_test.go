@@ -1,0 +1,246 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/ploop"
+)
+
+// ploopImage makes an image with four mapped clusters of 1 MiB.
+func ploopImage(t *testing.T, path string) {
+	t.Helper()
+	f, err := backend.Open(path, backend.Options{Writable: true, Create: true, Exclusive: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	if err := ploop.Create(ctx, f, ploop.CreateOptions{Size: 16 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	writePloop(t, f, path, 1, 3, 5, 9)
+}
+
+// writePloop fills clusters, and closes f.
+func writePloop(t *testing.T, f backend.File, path string, clusters ...int64) {
+	t.Helper()
+	ctx := t.Context()
+	img, err := ploop.Open(ctx, f, layers.OpenOptions{Path: path, Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := layers.NewStack([]layers.Layer{img}, layers.StackOptions{Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range clusters {
+		if _, err := s.WriteAt(ctx, imgtest.PatternBytes(7, c<<20, 1<<20), c<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func poke(t *testing.T, path string, off int64, b []byte) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteAt(b, off)
+	}
+	if err == nil {
+		err = f.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Damage, -n, -p, -y, undo, as a user goes through them.
+func TestFlow(t *testing.T) {
+	t.Chdir(t.TempDir())
+	ploopImage(t, "a.hds")
+	want(t, 0, "-n", "a.hds")
+	poke(t, "a.hds", 64+4*2, []byte{0xff, 0xff, 0xff, 0x7f}) // BAT entry 2 far behind the end
+	damaged := imgtest.SHA256File(t, "a.hds")
+	for _, args := range [][]string{{"a.hds"}, {"-n", "a.hds"}, {"-n", "--json", "a.hds"}} {
+		out, _ := want(t, 4, args...)
+		if !strings.Contains(out, "ploop.bat.") {
+			t.Errorf("%q: %s", args, out)
+		}
+	}
+	if imgtest.SHA256File(t, "a.hds") != damaged {
+		t.Error("changed by looking at it")
+	}
+	out, _ := want(t, 1, "-y", "a.hds")
+	if !strings.Contains(out, "FIXED") || !strings.Contains(out, "--undo-apply a.hds.undo a.hds") || !strings.Contains(out, "a.hds: clean") {
+		t.Error(out)
+	}
+	want(t, 0, "-n", "a.hds")
+	want(t, 0, "-y", "a.hds")
+	want(t, 0, "--undo-apply", "a.hds.undo", "a.hds")
+	if imgtest.SHA256File(t, "a.hds") != damaged {
+		t.Error("not restored")
+	}
+	want(t, 0, "--undo-apply", "a.hds.undo", "a.hds")
+	poke(t, "a.hds", 100, []byte("x"))
+	if _, stderr := want(t, 8, "--undo-apply", "a.hds.undo", "a.hds"); !strings.Contains(stderr, "changed since") {
+		t.Error(stderr)
+	}
+	out, _ = want(t, 0, "--undo-apply", "a.hds.undo", "-f", "--json", "a.hds")
+	var doc map[string]any
+	if err := json.Unmarshal([]byte(out), &doc); err != nil || doc["restored-bytes"] == nil {
+		t.Errorf("%v %s", err, out)
+	}
+	if imgtest.SHA256File(t, "a.hds") != damaged {
+		t.Error("not restored by force")
+	}
+}
+
+// A lost BAT comes back from a dump; without a dump the data is lost.
+func TestDumpRestore(t *testing.T) {
+	t.Chdir(t.TempDir())
+	ploopImage(t, "a.hds")
+	want(t, 0, "--dump", "a.dump", "a.hds")
+	if st, err := os.Stat("a.dump"); err != nil || st.Size() > 4096 || st.Mode().Perm() != 0o600 {
+		t.Errorf("%v %v", st, err)
+	}
+	good := imgtest.SHA256File(t, "a.hds")
+	want(t, 0, "--dump", "a.dump", "a.hds") // replaces the old one
+	if _, stderr := want(t, 8, "--restore", "a.dump", "-y", "a.hds"); !strings.Contains(stderr, "not damaged") {
+		t.Error(stderr)
+	}
+	for name, damage := range map[string]func(){
+		"header": func() { poke(t, "a.hds", 0, make([]byte, 64)) },
+		"BAT":    func() { poke(t, "a.hds", 64, []byte(strings.Repeat("\xff", 64))) },
+		"both":   func() { poke(t, "a.hds", 0, make([]byte, 4096)) },
+	} {
+		damage()
+		bad := imgtest.SHA256File(t, "a.hds")
+		if bad == good {
+			t.Fatal(name)
+		}
+		code := tool(nil, discard{}, discard{}).Execute(t.Context(), []string{"--format", "ploop", "--dump", "b.dump", "a.hds"}, discard{}, discard{})
+		if _, err := os.Stat("b.dump"); code != 4 && code != 8 || err == nil {
+			t.Errorf("%s: dumped although damaged: exit %d", name, code)
+		}
+		want(t, 4, "--restore", "a.dump", "a.hds")
+		want(t, 4, "--restore", "a.dump", "-n", "--json", "a.hds")
+		if imgtest.SHA256File(t, "a.hds") != bad {
+			t.Errorf("%s: changed without -y", name)
+		}
+		out, _ := want(t, 1, "--restore", "a.dump", "-y", "--undo", name+".undo", "a.hds")
+		if imgtest.SHA256File(t, "a.hds") != good {
+			t.Errorf("%s: not as it was: %s", name, out)
+		}
+		want(t, 0, "--undo-apply", name+".undo", "a.hds")
+		if imgtest.SHA256File(t, "a.hds") != bad {
+			t.Errorf("%s: not taken back", name)
+		}
+		want(t, 0, "--undo-apply", name+".undo", "a.hds")
+		want(t, 1, "--restore", "a.dump", "-y", "--undo", name+".undo2", "a.hds")
+	}
+	// A dump of another disk, a damaged dump, a file cut short.
+	ploopImage(t, "b.hds")
+	f, err := os.OpenFile("c.hds", os.O_CREATE|os.O_WRONLY, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	poke(t, "a.hds", 64, []byte(strings.Repeat("\xff", 64)))
+	b, err := os.ReadFile("a.dump")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; i < len(b); i += 7 {
+		c := append([]byte(nil), b...)
+		c[i] ^= 0x10
+		if err := os.WriteFile("bad.dump", c, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		before := imgtest.SHA256File(t, "a.hds")
+		code := tool(nil, discard{}, discard{}).Execute(t.Context(), []string{"--restore", "bad.dump", "-y", "a.hds"}, discard{}, discard{})
+		if code == 1 { // the damage was in a part that nobody looks at
+			want(t, 0, "-n", "a.hds")
+			poke(t, "a.hds", 64, []byte(strings.Repeat("\xff", 64)))
+		} else if imgtest.SHA256File(t, "a.hds") != before {
+			t.Errorf("byte %d: exit %d, but changed", i, code)
+		}
+	}
+	want(t, 8, "--restore", "a.dump", "-y", "c.hds")
+	if err := os.Truncate("b.hds", 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	want(t, 8, "--restore", "a.dump", "-y", "b.hds")
+}
+
+type discard struct{}
+
+func (discard) Write(p []byte) (int, error) { return len(p), nil }
+
+// What was written after the dump survives when only the roots are lost, and
+// a dump that would damage the image is refused.
+func TestDumpOld(t *testing.T) {
+	t.Chdir(t.TempDir())
+	ploopImage(t, "a.hds")
+	want(t, 0, "--dump", "a.dump", "a.hds")
+	f, err := backend.Open("a.hds", backend.Options{Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	writePloop(t, f, "a.hds", 2, 12)
+	poke(t, "a.hds", 64+4*14, []byte{0xff, 0xff, 0xff, 0x7f})
+	// Two clusters that the dump does not know become leaks.
+	out, _ := want(t, 5, "--restore", "a.dump", "-y", "a.hds")
+	if !strings.Contains(out, "2097152 bytes behind") {
+		t.Error(out)
+	}
+	want(t, 4, "-n", "a.hds")
+	want(t, 1, "-p", "a.hds")
+}
+
+func TestDumpJSON(t *testing.T) {
+	t.Chdir(t.TempDir())
+	ploopImage(t, "a.hds")
+	out, _ := want(t, 0, "--dump-json", "a.hds")
+	var doc struct {
+		Identity struct{ Format string }
+		Info     layers.Info
+		Metadata []struct {
+			Offset, Length int64
+			Role           string
+		}
+		Map []struct {
+			Guest, Length, Host int64
+			Kind                string
+		}
+	}
+	if err := json.Unmarshal([]byte(out), &doc); err != nil {
+		t.Fatal(err)
+	}
+	if doc.Identity.Format != "ploop" || len(doc.Metadata) < 2 || doc.Metadata[0].Role != "header" || doc.Info.UsedClusters != 4 {
+		t.Errorf("%+v", doc)
+	}
+	if len(doc.Map) != 4 || doc.Map[0].Guest != 1<<20 || doc.Map[0].Length != 1<<20 || doc.Map[0].Kind != "data" {
+		t.Errorf("%+v", doc.Map)
+	}
+	b, err := os.ReadFile("a.hds")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range doc.Map {
+		if string(b[e.Host:e.Host+e.Length]) != string(imgtest.PatternBytes(7, e.Guest, int(e.Length))) {
+			t.Errorf("%+v leads to something else", e)
+		}
+	}
+	if left, _ := filepath.Glob("*"); len(left) != 1 {
+		t.Errorf("%q", left)
+	}
+}
