@@ -53,7 +53,7 @@ var (
 		"The image is marked as closed by software that maintains the format extension, but has none. Old ploop takes that for not closed.",
 		"-p and -y mark it as closed in the old way.")
 	codeEmptySet = fsck.Register("ploop.header.empty-set", fsck.Note,
-		"CIF_Empty says that nothing is allocated, but there is data. QEMU leaves it so.",
+		"CIF_Empty says that nothing is allocated, but there is data. QEMU, and ploop when it grows a disk, leave it so.",
 		"-p and -y clear it.")
 	codeEmptyMissing = fsck.Register("ploop.header.empty-missing", fsck.Note,
 		"Nothing is allocated, but CIF_Empty does not say so. QEMU leaves it so.",

@@ -17,6 +17,8 @@ import (
 	"github.com/imagestack/imagestack/layers/ploop"
 )
 
+var checker = ploopfsck.Checker{}
+
 // memLost is a LostStore in memory.
 type memLost map[string]*backend.Mem
 
@@ -252,7 +254,7 @@ func TestDamage(t *testing.T) {
 
 			// -p
 			f := openFile(t, copyOf(t, path), true)
-			res, undo, _ := repair(t, ploopfsck.Checker{}, f, fsck.DecidePreen, fsck.Options{})
+			res, undo, _ := repair(t, checker, f, fsck.DecidePreen, fsck.Options{})
 			if got := stateOf(res.Left); got != d.Preen {
 				show(t, "after preen", res.Left)
 				t.Errorf("after preen: %v, want %v", got, d.Preen)
@@ -267,7 +269,7 @@ func TestDamage(t *testing.T) {
 
 			// -y
 			f = openFile(t, copyOf(t, path), true)
-			res, undo, _ = repair(t, ploopfsck.Checker{}, f, fsck.DecideAll, fsck.Options{})
+			res, undo, _ = repair(t, checker, f, fsck.DecideAll, fsck.Options{})
 			if got := stateOf(res.Left); got != d.Full {
 				show(t, "after full", res.Left)
 				t.Errorf("after full: %v, want %v", got, d.Full)

@@ -35,9 +35,8 @@ func (h *holes) add(off, n int64, fill bool) {
 	}
 }
 
-// findHoles looks at the holes of the host file inside the window. Blocks that
-// were reserved but never written count as holes to the host as well (SEEK_HOLE
-// on ext4 and xfs).
+// findHoles looks at the holes of the host file inside the window, and at
+// blocks that were reserved but never written, which are as bad to ploop.
 func (c *check) findHoles() error {
 	var used, free, meta holes
 	from, to := c.marks.first*c.cluster, min((c.marks.first+c.marks.n)*c.cluster, c.eof)
@@ -51,11 +50,13 @@ func (c *check) findHoles() error {
 		return err
 	}
 	to = min(to, size)
+	src := newHoleSource(c.f, size)
+	defer src.close() // opened for reading
 	for at := from; at < to; {
 		if err := c.ctx.Err(); err != nil {
 			return err
 		}
-		hole, err := c.f.SeekHole(at)
+		hole, data, err := src.next(at)
 		if errors.Is(err, errors.ErrUnsupported) {
 			return nil
 		}
@@ -66,14 +67,7 @@ func (c *check) findHoles() error {
 			c.unreadable(at, "holes", err)
 			return nil
 		}
-		data, err := c.f.SeekData(hole)
-		if errors.Is(err, io.EOF) {
-			data = to
-		} else if err != nil {
-			c.unreadable(hole, "holes", err)
-			return nil
-		}
-		data = max(min(data, to), hole+1)
+		data = min(data, to)
 		c.splitHole(hole, data, &used, &free, &meta)
 		at = data
 	}
