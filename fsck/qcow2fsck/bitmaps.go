@@ -1,0 +1,158 @@
+package qcow2fsck
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/imagestack/imagestack/fsck"
+)
+
+// Layout of the bitmaps extension and of a directory entry (section Bitmaps).
+const (
+	bitmapsExtLen       = 24
+	bmFixed             = 24
+	maxBitmaps          = 65535
+	maxBitmapName       = 1023
+	maxBitmapDirBytes   = 64 << 20
+	maxBitmapTableBytes = 128 << 20
+	bitmapInUse         = 1
+	bitmapFlags         = 7
+)
+
+// bitmaps judges the bitmaps, claims their directory and tables, and counts
+// their clusters as grown ones: they are few.
+func (c *check) bitmaps() {
+	h := &c.h
+	e := h.extension(extBitmaps)
+	valid := h.autoclear&autoclearBitmaps != 0
+	switch {
+	case e == nil && valid:
+		c.found(codeBmNoExt, offAutoclear, "autoclear_features", h.autoclear, "there is no bitmaps extension", nil)
+		return
+	case e == nil:
+		return
+	case !valid:
+		if c.found(codeBmStale, e.off, "bitmaps extension", nil, "the autoclear bit is off", preen("drop the bitmaps")) {
+			c.dropExtension(extBitmaps)
+		}
+		return
+	}
+	place, text := c.bitmapDirectory(e)
+	if text == "" {
+		return
+	}
+	c.claims = c.claimsBefore
+	if c.found(codeBmDir, place, "bitmap directory", nil, text, full("drop all bitmaps")) {
+		c.dropExtension(extBitmaps)
+		h.autoclear &^= autoclearBitmaps
+		c.put64(fsck.PhaseHeader, offAutoclear, h.autoclear)
+		return
+	}
+	c.blocks.unknown = true // their clusters would look like leaks
+}
+
+// bitmapDirectory walks the directory; text says what makes it unusable.
+func (c *check) bitmapDirectory(e *extension) (place int64, text string) {
+	c.claimsBefore = claims{list: append([]claim(nil), c.claims.list...)}
+	if len(e.data) < bitmapsExtLen {
+		return e.off, "the extension is too short"
+	}
+	n, size, off := be32(e.data), be64(e.data[8:]), be64(e.data[16:])
+	switch {
+	case n == 0 || n > maxBitmaps:
+		return e.off + 8, fmt.Sprintf("nb_bitmaps is %d", n)
+	case be32(e.data[4:]) != 0:
+		return e.off + 12, "the reserved field is not 0"
+	case size > maxBitmapDirBytes || size < uint64(n)*bmFixed:
+		return e.off + 16, fmt.Sprintf("bitmap_directory_size is %d", size)
+	case !c.aligned(off, size):
+		return e.off + 24, fmt.Sprintf("bitmap_directory_offset is %#x", off)
+	}
+	if what := c.claim(off, size, "the bitmap directory"); what != "" {
+		return e.off + 24, "the directory lies in " + what
+	}
+	dir := make([]byte, size)
+	c.read(dir, int64(off))
+	at := uint64(0)
+	for i := range n {
+		place = int64(off + at)
+		if size-at < bmFixed {
+			return place, "it ends within an entry"
+		}
+		b := dir[at:]
+		name, extra := uint64(be16(b[18:])), uint64(be32(b[20:]))
+		table, entries, flags := be64(b), be32(b[8:]), be32(b[12:])
+		length := (bmFixed + extra + name + 7) &^ 7
+		switch {
+		case name == 0 || name > maxBitmapName:
+			return place, fmt.Sprintf("entry %d: the name has %d bytes", i, name)
+		case length > size-at:
+			return place, fmt.Sprintf("entry %d reaches behind the directory", i)
+		case flags&^bitmapFlags != 0:
+			return place, fmt.Sprintf("entry %d: reserved flags are set", i)
+		case b[16] != 1:
+			return place, fmt.Sprintf("entry %d: the type is %d", i, b[16])
+		case b[17] < 9 || b[17] > 31:
+			return place, fmt.Sprintf("entry %d: the granularity is 1 << %d", i, b[17])
+		case extra != 0 && flags&4 == 0:
+			return place, fmt.Sprintf("entry %d has extra data that is not known", i)
+		case uint64(entries)*8 > maxBitmapTableBytes || entries == 0 && c.h.size > 0 && flags&bitmapInUse == 0:
+			return place, fmt.Sprintf("entry %d: the table has %d entries", i, entries)
+		case !c.aligned(table, uint64(entries)*8):
+			return place, fmt.Sprintf("entry %d: the table is at %#x", i, table)
+		}
+		if need := c.bitmapNeed(b[17]); flags&bitmapInUse == 0 && uint64(entries) != need {
+			return place, fmt.Sprintf("entry %d: the table has %d entries, %d are needed", i, entries, need)
+		}
+		if what := c.claim(table, max(uint64(entries)*8, 1), "a bitmap table"); what != "" {
+			return place, fmt.Sprintf("entry %d: the table lies in %s", i, what)
+		}
+		c.bitmapTable(place, int64(table), int64(entries), flags)
+		at += length
+	}
+	if at != size {
+		return int64(off + at), "the directory is longer than its entries"
+	}
+	return 0, ""
+}
+
+// bitmapNeed is the number of table entries of a bitmap of that granularity.
+func (c *check) bitmapNeed(granularity uint8) uint64 {
+	bits := (c.h.size + 1<<granularity - 1) >> granularity
+	bytes := (bits + 7) / 8
+	return (bytes + uint64(c.cs) - 1) >> c.bits
+}
+
+// bitmapTable judges the entries of one table. dir is the place of its
+// directory entry.
+func (c *check) bitmapTable(dir, off, n int64, flags uint32) {
+	b := make([]byte, n*8)
+	c.read(b, off)
+	for i := range n {
+		e := be64(b[8*i:])
+		host := e & entryOffset
+		text := ""
+		switch {
+		case e&^(entryOffset|1) != 0 || host != 0 && e&1 != 0:
+			text = "reserved bits are set"
+		case host == 0:
+			continue
+		case host&uint64(c.cs-1) != 0:
+			text = "the cluster is not on a cluster boundary"
+		case !c.aligned(host, 1):
+			text = "the cluster lies behind the end of the file"
+		default:
+			if what := c.claims.at(int64(host>>c.bits), 1); what != nil {
+				text = "the cluster lies in " + what.what
+			}
+		}
+		if text == "" {
+			c.claim(host, uint64(c.cs), "a bitmap")
+			continue
+		}
+		if c.found(codeBmEntry, off+8*i, "bitmap table entry", e, text, full("clear it and mark the bitmap as inconsistent")) {
+			c.put64(fsck.PhaseMap, off+8*i, 0)
+			c.planned(c.plan.Write(fsck.PhaseMap, dir+12, binary.BigEndian.AppendUint32(nil, flags|bitmapInUse)))
+		}
+	}
+}

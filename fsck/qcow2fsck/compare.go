@@ -1,0 +1,490 @@
+package qcow2fsck
+
+import (
+	"encoding/binary"
+	"fmt"
+	"slices"
+
+	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/fsck"
+	"github.com/imagestack/imagestack/layers/qcow2"
+)
+
+// expected is what four 16-bit counts are for the cells of one byte of two-bit
+// states.
+var expected = func() (t [256]uint64) {
+	for s := range t {
+		for k := range 4 {
+			if s>>(2*k)&3 != stateFree {
+				t[s] |= 1 << (48 - 16*k)
+			}
+		}
+	}
+	return t
+}()
+
+// blockNumbers are the numbers of the refcount blocks of the window: those that
+// there are, and those that there should be. Ascending.
+func (c *check) blockNumbers() []int64 {
+	var ks []int64
+	lo, hi := c.cells.lo, c.cells.hi.Load()
+	for k, off := range c.blocks.table {
+		if first := int64(k) * c.perBlock; off != 0 && first+c.perBlock > lo && first < hi {
+			ks = append(ks, int64(k))
+		}
+	}
+	for _, no := range c.cells.numbers(lo / pageCells) {
+		last := int64(-1)
+		p := c.cells.page(no, false)
+		for i := range pageCells {
+			if p.two != nil && i%4 == 0 && p.two[i/4] == 0 {
+				continue
+			}
+			if k := (no*pageCells + int64(i)) / c.perBlock; k != last {
+				if n, _ := p.get(i); n > 0 {
+					ks = append(ks, k)
+					last = k
+				}
+			}
+		}
+	}
+	slices.Sort(ks)
+	return slices.Compact(ks)
+}
+
+// span is the part of block k that is in the window, in clusters.
+func (c *check) span(k int64) (from, to int64) {
+	from, to = max(k*c.perBlock, c.cells.lo), c.cells.hi.Load()
+	if k < 1<<62/c.perBlock {
+		to = min(to, (k+1)*c.perBlock)
+	}
+	return from, to
+}
+
+// readBlock reads block k, zeros where there is none.
+func (c *check) readBlock(k int64, b []byte) {
+	if k < int64(len(c.blocks.table)) && c.blocks.table[k] != 0 {
+		c.read(b, int64(c.blocks.table[k]))
+		return
+	}
+	clear(b)
+}
+
+// diff calls do for the clusters [from, to) of block k whose count in b is not
+// that of the cells.
+func (c *check) diff(k int64, b []byte, from, to int64, do func(cluster int64, have, want uint64, fl uint8)) {
+	base := k * c.perBlock
+	for at := from; at < to; {
+		no := at / pageCells
+		n := min(to, (no+1)*pageCells) - at
+		p := c.cells.page(no, false)
+		i, j := int(at%pageCells), int(at-base)
+		for end := i + int(n); i < end; {
+			if c.order == 4 && i%4 == 0 && i+4 <= end {
+				want := uint64(0)
+				if p != nil && p.two != nil {
+					want = expected[p.two[i/4]]
+				}
+				if (p == nil || p.two != nil) && binary.BigEndian.Uint64(b[2*j:]) == want {
+					i, j = i+4, j+4
+					continue
+				}
+			}
+			have := qcow2.Refcount(b, c.order, j)
+			want, fl := uint32(0), uint8(0)
+			if p != nil {
+				want, fl = p.get(i)
+			}
+			if have != uint64(want) {
+				do(base+int64(j), have, uint64(want), fl)
+			}
+			if have > 0 || want > 0 {
+				c.counts.lastCluster = max(c.counts.lastCluster, min(base+int64(j), c.end-1)+1)
+			}
+			i, j = i+1, j+1
+		}
+		at += n
+		c.lastOf(p, b, no, at, j)
+	}
+}
+
+// lastOf keeps the last cluster in use for the clusters that the quick
+// comparison passed.
+func (c *check) lastOf(p *cellPage, _ []byte, no, end int64, _ int) {
+	if p == nil || end <= c.counts.lastCluster {
+		return
+	}
+	for i := int((end - 1) % pageCells); i >= 0; i-- {
+		if n, _ := p.get(i); n > 0 {
+			c.counts.lastCluster = max(c.counts.lastCluster, no*pageCells+int64(i)+1)
+			return
+		}
+	}
+}
+
+// maxCount is the largest count of the image's width.
+func (c *check) maxCount() uint64 { return ^uint64(0) >> (64 - 1<<c.order) }
+
+// compare holds the counts of the image against the cells.
+func (c *check) compare() error {
+	if c.blocks.unknown {
+		return nil
+	}
+	c.makeBlocks()
+	b := make([]byte, c.cs)
+	ks := c.blockNumbers()
+	for i, k := range ks {
+		if err := c.failed(); err != nil {
+			return err
+		}
+		from, to := c.span(k)
+		if from >= to {
+			continue
+		}
+		c.readBlock(k, b)
+		c.compareBlock(k, b, from, to)
+		if i%64 == 0 {
+			c.sink.Progress(3, int64(i+1), int64(len(ks)))
+		}
+	}
+	c.stats.ImageEnd = c.counts.lastCluster << c.bits
+	if c.cells.hi.Load() == 1<<63-1 {
+		c.writeTable()
+	}
+	return c.failed()
+}
+
+// countRun is a run of clusters whose counts are wrong in the same way.
+type countRun struct {
+	first, n   int64
+	have, want uint64
+	quiet      bool // a consequence of the repair
+	doubt      bool // the owners are in doubt
+}
+
+// compareBlock does one block.
+func (c *check) compareBlock(k int64, b []byte, from, to int64) {
+	isNew := c.blocks.made[k]
+	missing := k >= int64(len(c.blocks.table)) || c.blocks.table[k] == 0
+	var runs []countRun
+	used := int64(0)
+	c.diff(k, b, from, to, func(cluster int64, have, want uint64, fl uint8) {
+		used++
+		r := countRun{cluster, 1, have, want, c.fresh[cluster], c.kept[cluster]}
+		if n := len(runs); n > 0 {
+			l := &runs[n-1]
+			if l.first+l.n == cluster && l.have == have && l.want == want && l.quiet == r.quiet && l.doubt == r.doubt {
+				l.n++
+				return
+			}
+		}
+		runs = append(runs, r)
+	})
+	if len(runs) == 0 {
+		return
+	}
+	if missing { // makeBlocks did not make one
+		if !c.blocks.gone[int(k)] && !c.blocks.rebuild {
+			c.found(codeRTMissing, c.entryPlace(k), fmt.Sprintf("refcount table entry %d", k), nil,
+				fmt.Sprintf("%d clusters are in use that no block counts", used), preen("make a block"))
+		}
+		return
+	}
+	final := slices.Clone(b)
+	changed := false
+	for _, r := range runs {
+		if !isNew && !r.quiet && !c.wrongCount(k, &r) {
+			continue
+		}
+		if r.want > c.maxCount() {
+			continue
+		}
+		changed = true
+		for cl := r.first; cl < r.first+r.n; cl++ {
+			qcow2.PutRefcount(final, c.order, int(cl-k*c.perBlock), r.want)
+		}
+	}
+	if changed && c.plan != nil {
+		c.writeCounts(k, b, final, from, to, isNew)
+	}
+}
+
+func (c *check) entryPlace(k int64) int64 {
+	if k*8 < c.blocks.clusters<<c.bits {
+		return int64(c.blocks.off) + k*8
+	}
+	return -1
+}
+
+// wrongCount reports a run and returns whether to correct it.
+func (c *check) wrongCount(k int64, r *countRun) bool {
+	place := fsck.Place{Offset: int64(c.blocks.table[k]) + (r.first-k*c.perBlock)<<c.order/8, Field: fmt.Sprintf("refcount of cluster %#x", r.first), Value: r.have}
+	clusters := "the cluster"
+	if r.n > 1 {
+		clusters = fmt.Sprintf("%d clusters", r.n)
+	}
+	f := fsck.Finding{Place: place, Fix: preen(fmt.Sprintf("set it to %d", r.want))}
+	switch {
+	case r.want > c.maxCount():
+		f.Code, f.Fix = codeRefTooNarrow, nil
+		f.Text = fmt.Sprintf("%s from offset %#x: %d references", clusters, r.first<<c.bits, r.want)
+	case r.want > r.have:
+		f.Code = codeRefLow
+		f.Text = fmt.Sprintf("%s from offset %#x: %d references, %d counted", clusters, r.first<<c.bits, r.want, r.have)
+		if r.doubt {
+			f.Fix.Level = fsck.Full
+		}
+	case r.want > 0:
+		f.Code = codeRefHigh
+		f.Text = fmt.Sprintf("%s from offset %#x: %d references, %d counted", clusters, r.first<<c.bits, r.want, r.have)
+	default:
+		f.Code = codeRefLeak
+		f.Text = fmt.Sprintf("%s from offset %#x: no reference, %d counted", clusters, r.first<<c.bits, r.have)
+		c.stats.LeakedClusters += r.n
+		if c.mapLoss.Load() {
+			f.Fix.Level = fsck.Full
+			f.Fix.Text = "keep the content in lost+found and free it"
+		}
+	}
+	wanted := c.report(f)
+	if !wanted {
+		c.leaks = true
+		return false
+	}
+	if f.Code == codeRefLeak && c.mapLoss.Load() {
+		c.keepContent(r.first<<c.bits, r.n<<c.bits)
+	}
+	return true
+}
+
+// keepContent quarantines a range unless it is all zeros.
+func (c *check) keepContent(off, n int64) {
+	end := min(off+n, c.size)
+	b := make([]byte, 1<<20)
+	for at := off; at < end; at += int64(len(b)) {
+		part := b[:min(int64(len(b)), end-at)]
+		c.read(part, at)
+		for _, v := range part {
+			if v != 0 {
+				c.keep(-1, off, end-off)
+				return
+			}
+		}
+	}
+}
+
+// writeCounts enters a block in the plan: counts that go up before the map
+// changes, those that go down behind it.
+func (c *check) writeCounts(k int64, old, final []byte, from, to int64, isNew bool) {
+	base := k * c.perBlock
+	lo := (from - base) << c.order / 8
+	hi := ((to-base)<<c.order + 7) / 8
+	off := int64(c.blocks.table[k])
+	if isNew {
+		c.writeDiff(fsck.PhaseNew, off, old, final, lo, hi)
+		return
+	}
+	up := slices.Clone(final)
+	for j := int(from - base); j < int(to-base); j++ {
+		have, want := qcow2.Refcount(old, c.order, j), qcow2.Refcount(final, c.order, j)
+		if have > want {
+			qcow2.PutRefcount(up, c.order, j, have)
+		}
+	}
+	c.writeDiff(fsck.PhaseCounts, off, old, up, lo, hi)
+	c.writeDiff(fsck.PhaseFree, off, up, final, lo, hi)
+}
+
+// writeDiff writes the bytes of [lo, hi) in which b is not a.
+func (c *check) writeDiff(ph fsck.Phase, off int64, a, b []byte, lo, hi int64) {
+	for i := lo; i < hi; {
+		if a[i] == b[i] {
+			i++
+			continue
+		}
+		j := i + 1
+		for j < hi && a[j] != b[j] {
+			j++
+		}
+		if !c.planned(c.plan.Write(ph, off+i, b[i:j])) {
+			return
+		}
+		i = j
+	}
+}
+
+// makeBlocks makes the refcount blocks that are missing.
+func (c *check) makeBlocks() {
+	if c.plan == nil {
+		return
+	}
+	t := &c.blocks
+	if t.made == nil {
+		t.made, t.declined = map[int64]bool{}, map[int64]bool{}
+	}
+	for again := true; again && c.failed() == nil; {
+		again = false
+		for _, k := range c.blockNumbers() {
+			if k < int64(len(t.table)) && t.table[k] != 0 || t.declined[k] {
+				continue
+			}
+			if !t.gone[int(k)] && !t.rebuild && !c.onlyFresh(k) &&
+				!c.found(codeRTMissing, c.entryPlace(k), fmt.Sprintf("refcount table entry %d", k), nil, "clusters are in use that no block counts", preen("make a block")) {
+				t.declined[k] = true
+				continue
+			}
+			cl, ok := c.alloc(1, 1, fMeta)
+			if !ok {
+				return
+			}
+			for int64(len(t.table)) <= k {
+				t.table = append(t.table, 0)
+			}
+			t.table[k] = uint64(cl) << c.bits
+			t.made[k] = true
+			c.planned(c.plan.Zero(fsck.PhaseNew, cl<<c.bits, c.cs))
+			if k*8 >= t.clusters<<c.bits {
+				t.rebuild = true // the table has to become longer
+			} else if !t.rebuild {
+				c.put64(fsck.PhaseCounts, int64(t.off)+k*8, t.table[k])
+			}
+			again = true
+		}
+	}
+	if c.cells.hi.Load() == 1<<63-1 {
+		c.makeTable()
+	}
+}
+
+// onlyFresh reports that all clusters of block k that are in use are so only
+// since this repair.
+func (c *check) onlyFresh(k int64) bool {
+	from, to := c.span(k)
+	to = min(to, c.end)
+	for cl := from; cl < to; cl++ {
+		if n, _ := c.cells.get(cl); n > 0 && !c.fresh[cl] {
+			return false
+		}
+	}
+	return true
+}
+
+// makeTable finds the place of a new refcount table, which may need blocks in
+// its turn.
+func (c *check) makeTable() {
+	t := &c.blocks
+	if !t.rebuild || t.place != 0 || c.failed() != nil {
+		return
+	}
+	// As many entries as there are blocks, and some for the blocks that the
+	// table itself may need.
+	need := int64(len(t.table)) + 2
+	n := (need*8 + c.cs - 1) >> c.bits
+	n += n*8/c.perBlock>>c.bits + 1
+	if uint64(n)<<c.bits > max(maxRefTableBytes, uint64(2*c.cs)) {
+		n = (int64(len(t.table))*8 + c.cs - 1) >> c.bits
+	}
+	cl, ok := c.alloc(n, 1, fMeta)
+	if !ok {
+		return
+	}
+	t.place, t.placeN = cl, n
+	// The old table's clusters are free from now on.
+	if t.clusters > 0 {
+		first := int64(t.off >> c.bits)
+		for i := range t.clusters {
+			c.cells.update(first+i, func(uint32, uint8) (uint32, uint8) { return 0, 0 })
+			if c.cells.in(first + i) {
+				c.fresh[first+i] = true
+			}
+		}
+	}
+	c.makeBlocks()
+}
+
+// writeTable enters the new refcount table in the plan.
+func (c *check) writeTable() {
+	t := &c.blocks
+	if c.plan == nil || !t.rebuild || t.place == 0 {
+		return
+	}
+	n := t.placeN << c.bits
+	if int64(len(t.table))*8 > n {
+		c.planned(fmt.Errorf("%w: the refcount table has grown", fsck.ErrPlan))
+		return
+	}
+	b := make([]byte, n)
+	for k, off := range t.table {
+		binary.BigEndian.PutUint64(b[8*k:], off)
+	}
+	off := t.place << c.bits
+	c.planned(c.plan.Zero(fsck.PhaseNew, off, n))
+	c.planned(c.plan.Write(fsck.PhaseNew, off, b))
+	ref := binary.BigEndian.AppendUint64(nil, uint64(off))
+	c.planned(c.plan.Write(fsck.PhaseHeader, offRTOffset, binary.BigEndian.AppendUint32(ref, uint32(t.placeN))))
+}
+
+// alloc takes n neighbouring clusters that nothing uses: free ones inside the
+// file first, so that a full disk is no obstacle, and else new ones behind its
+// end. While the map is damaged, what nothing uses may be what it has lost;
+// then it is the other way round, and clusters that are counted stay.
+func (c *check) alloc(n int64, w uint32, fl uint8) (int64, bool) {
+	loss := c.mapLoss.Load()
+	inside := func() (int64, bool) {
+		hi := min(c.cells.hi.Load(), c.end)
+		run := int64(0)
+		for at := max(c.cursor, 1); at < hi; at++ {
+			used, _ := c.cells.get(at)
+			if used != 0 || c.fresh[at] || loss && c.stored(at) != 0 {
+				run = 0
+				continue
+			}
+			if run++; run == n {
+				if n == 1 {
+					c.cursor = at + 1
+				}
+				return at - n + 1, true
+			}
+		}
+		return 0, false
+	}
+	behind := func() (int64, bool, error) {
+		at := c.end
+		if err := c.plan.Write(fsck.PhaseNew, (at+n)<<c.bits-1, []byte{0}); err != nil {
+			return 0, false, err
+		}
+		c.end += n
+		return at, true, nil
+	}
+	var at int64
+	ok := false
+	if !loss {
+		at, ok = inside()
+	}
+	if !ok {
+		var err error
+		if at, ok, err = behind(); err != nil {
+			if at, ok = inside(); !ok {
+				return 0, c.planned(err)
+			}
+		}
+	}
+	for i := range n {
+		c.fresh[at+i] = true
+		if c.cells.in(at + i) {
+			c.cells.update(at+i, func(uint32, uint8) (uint32, uint8) { return w, fl })
+		} else {
+			c.grown = append(c.grown, ref{at + i, w, fl})
+		}
+	}
+	return at, ok
+}
+
+// keepRanges joins guest ranges that follow each other.
+func keepRanges(r []blockmap.Range) []blockmap.Range {
+	var s blockmap.Set
+	for _, x := range r {
+		s.Add(x.Off, x.Len)
+	}
+	return slices.Collect(s.Ranges())
+}
