@@ -36,7 +36,7 @@ func TestCodesDocument(t *testing.T) {
 	if string(got) != want {
 		t.Error("docs/fsck-codes.md is stale: run go generate ./cmd/image-fsck")
 	}
-	for _, format := range []string{"raw", "ploop", "ploop-descriptor"} {
+	for _, format := range []string{"raw", "ploop", "ploop-descriptor", "qcow2"} {
 		if _, err := fsck.CheckerFor(format); err != nil {
 			t.Error(err)
 		}
