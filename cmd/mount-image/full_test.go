@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -77,6 +78,45 @@ func TestHostDiskFull(t *testing.T) {
 					t.Errorf("qemu-img check: %d %s", exit, out)
 				}
 			}
+		})
+	}
+}
+
+// An image on a block device that is full is ENOSPC as well, although the
+// device says something else about its length.
+func TestBlockDeviceFull(t *testing.T) {
+	t.Parallel()
+	imgtest.RequireLoop(t)
+	for format, size := range map[string]int64{"qcow2": 4 << 20, "parallels": 5 << 20} {
+		t.Run(format, func(t *testing.T) {
+			file := filepath.Join(t.TempDir(), "device")
+			imgtest.QemuImg(t, "create", "-q", "-f", format, file, "64M")
+			if err := os.Truncate(file, size); err != nil {
+				t.Fatal(err)
+			}
+			dev := strings.TrimSpace(string(imgtest.Run(t, "losetup", "-f", "--show", file)))
+			defer imgtest.Run(t, "losetup", "-d", dev)
+			dir := mountDir(t)
+			want(t, 0, "-w", "--format", format, dev, dir)
+			f, err := os.OpenFile(disk(dir), os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			chunk := imgtest.PatternBytes(2, 0, 1<<20)
+			written := int64(0)
+			for ; err == nil && written < size+1<<20; written += 1 << 20 {
+				_, err = f.WriteAt(chunk, written)
+			}
+			if !errors.Is(err, unix.ENOSPC) {
+				t.Fatalf("writing to a full device, at %d: %v", written, err)
+			}
+			got := make([]byte, len(chunk))
+			if _, err := f.ReadAt(got, 0); err != nil || !bytes.Equal(got, chunk) {
+				t.Errorf("what was written before: %v", err)
+			}
+			_ = f.Close()
+			want(t, 0, "-u", dir)
 		})
 	}
 }

@@ -356,9 +356,19 @@ func TestRefusals(t *testing.T) {
 		}
 	}
 
+	// Damage that image-fsck is for, where the first byte of the disk is mapped.
+	b[5] = 0
+	copy(b[40:48], []byte{0, 0, 0, 0x7f, 0, 0, 0, 0}) // L1 table offset
+	if err := os.WriteFile(corrupt, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	o := want(t, 4, corrupt, dir)
+	contains(t, "damaged map", o.stderr, "bad.qcow2: offset 0x", "L1 table", "image-fsck -n")
+	unmounted(t, dir)
+
 	// One mount point, one mount; one image, one writer.
 	want(t, 0, "-w", path, dir)
-	o := want(t, 3, raw, dir)
+	o = want(t, 3, raw, dir)
 	contains(t, "second mount", o.stderr, "already", "-u "+dir)
 	other := mountDir(t)
 	o = want(t, 3, path, other)

@@ -142,6 +142,10 @@ func (srv *server) start(ctx context.Context, background bool) error {
 			return err
 		}
 	}
+	// Through the mount all errors of the image would look the same.
+	if _, err := srv.stack.ReadAt(ctx, make([]byte, 1), 0); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
 	if srv.fs, err = fusefs.New(srv.stack, options); err != nil {
 		return err
 	}
@@ -167,7 +171,14 @@ func (srv *server) start(ctx context.Context, background bool) error {
 func (srv *server) disk() string { return filepath.Join(srv.dir, fusefs.DiskName) }
 
 // report is told every distinct error of the disk once.
-func (srv *server) report(err error) { srv.log.Printf("%s: %v", srv.s.image, err) }
+func (srv *server) report(err error) {
+	var named *layers.ImageError
+	if errors.As(err, &named) {
+		srv.log.Print(err) // it names the file
+		return
+	}
+	srv.log.Printf("%s: %v", srv.s.image, err)
+}
 
 // probe reads a byte of the disk through the mount.
 func (srv *server) probe() error {

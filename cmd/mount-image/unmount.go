@@ -71,6 +71,28 @@ func unmount(ctx context.Context, arg string, force bool) error {
 	return errors.Join(syncErr, server.wait(ctx, dir, force))
 }
 
+// hangPatience is how long interruptible lets an interrupted function go on.
+const hangPatience = time.Second
+
+// interruptible runs f, and does not wait for it any longer soon after ctx has
+// ended: asking a server that hangs is a system call that signals to us do not
+// end, only our exit does.
+func interruptible(ctx context.Context, f func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- f() }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(hangPatience):
+		return fmt.Errorf("the server of the mount does not answer: %w", context.Cause(ctx))
+	}
+}
+
 // ownerOf returns the user whose mount this is, when it is one that even root
 // cannot look into: FUSE keeps everybody else out unless allow_other is set.
 func ownerOf(m mounttab.Mount) *syscall.Credential {

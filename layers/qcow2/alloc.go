@@ -37,7 +37,8 @@ func (r *refcounts) allocate(want int64) (run hostRun, fresh bool, err error) {
 	if again != nil || run.n > 0 {
 		return run, false, again
 	}
-	if err == nil || errors.Is(err, errors.ErrUnsupported) {
+	// A block device answers EINVAL to every other length.
+	if err == nil || errors.Is(err, errors.ErrUnsupported) || errors.Is(err, syscall.EINVAL) {
 		err = fmt.Errorf("%s: no free cluster is left: %w", r.img.o.Path, syscall.ENOSPC)
 	}
 	return hostRun{}, false, err
