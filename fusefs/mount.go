@@ -51,6 +51,40 @@ func Mount(dir string, fs *FS, o MountOptions) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	opts := serverOptions(o)
+	if os.Geteuid() == 0 {
+		opts.DirectMountStrict = true
+		flags, err := directFlags(o.Flags, !fs.writable)
+		if err != nil {
+			return nil, err
+		}
+		opts.DirectMountFlags = flags
+	} else {
+		if !fs.writable {
+			opts.Options = append(opts.Options, "ro")
+		}
+		opts.Options = append(opts.Options, o.Flags...)
+	}
+	srv, err := fuse.NewServer(fs, dir, opts)
+	if err != nil {
+		return nil, fmt.Errorf("mounting on %s: %w", dir, err)
+	}
+	s := &Server{fs: fs, srv: srv, dir: dir, done: make(chan struct{})}
+	go s.serve()
+	if err := srv.WaitMount(); err != nil {
+		return nil, errors.Join(fmt.Errorf("mounting on %s: %w", dir, err), s.Detach())
+	}
+	SetReadAhead(dir)
+	return s, nil
+}
+
+func (s *Server) serve() {
+	s.srv.Serve()
+	close(s.done)
+}
+
+// serverOptions are those of go-fuse, without what concerns mounting.
+func serverOptions(o MountOptions) *fuse.MountOptions {
 	if o.Log == nil {
 		o.Log = log.New(io.Discard, "", 0)
 	}
@@ -74,47 +108,31 @@ func Mount(dir string, fs *FS, o MountOptions) (*Server, error) {
 	}
 	// The kernel checks permissions by owner and mode.
 	opts.Options = []string{"default_permissions"}
-	if os.Geteuid() == 0 {
-		opts.DirectMountStrict = true
-		opts.DirectMountFlags = unix.MS_NOSUID | unix.MS_NODEV
-		if !fs.writable {
-			opts.DirectMountFlags |= unix.MS_RDONLY
-		}
-		for _, name := range o.Flags {
-			f, ok := kernelFlags[name]
-			if !ok {
-				return nil, fmt.Errorf("mount option %q: %w", name, unix.EINVAL)
-			}
-			opts.DirectMountFlags = opts.DirectMountFlags&^f.clear | f.set
-		}
-	} else {
-		if !fs.writable {
-			opts.Options = append(opts.Options, "ro")
-		}
-		opts.Options = append(opts.Options, o.Flags...)
+	return opts
+}
+
+// directFlags are the bits of mount(2).
+func directFlags(names []string, readOnly bool) (uintptr, error) {
+	var flags uintptr = unix.MS_NOSUID | unix.MS_NODEV
+	if readOnly {
+		flags |= unix.MS_RDONLY
 	}
-	srv, err := fuse.NewServer(fs, dir, opts)
-	if err != nil {
-		return nil, fmt.Errorf("mounting on %s: %w", dir, err)
+	for _, name := range names {
+		f, ok := kernelFlags[name]
+		if !ok {
+			return 0, fmt.Errorf("mount option %q: %w", name, unix.EINVAL)
+		}
+		flags = flags&^f.clear | f.set
 	}
-	s := &Server{fs: fs, srv: srv, dir: dir, done: make(chan struct{})}
-	go func() {
-		srv.Serve()
-		close(s.done)
-	}()
-	if err := srv.WaitMount(); err != nil {
-		return nil, errors.Join(fmt.Errorf("mounting on %s: %w", dir, err), s.Detach())
-	}
-	s.setReadAhead()
-	return s, nil
+	return flags, nil
 }
 
 // kernelFlags are the mount options that are bits of mount(2).
 var kernelFlags = map[string]struct{ set, clear uintptr }{
 	"nodev":         {set: unix.MS_NODEV},
-	"dev":           {clear: unix.MS_NODEV},
+	"dev":           {}, // mount(8) passes these two unasked; there is nothing here that needs them
 	"nosuid":        {set: unix.MS_NOSUID},
-	"suid":          {clear: unix.MS_NOSUID},
+	"suid":          {},
 	"noexec":        {set: unix.MS_NOEXEC},
 	"exec":          {clear: unix.MS_NOEXEC},
 	"noatime":       {set: unix.MS_NOATIME},
@@ -130,13 +148,14 @@ var kernelFlags = map[string]struct{ set, clear uintptr }{
 	"dirsync":       {set: unix.MS_DIRSYNC},
 }
 
-// setReadAhead raises the readahead of buffered readers where we may.
-func (s *Server) setReadAhead() {
+// SetReadAhead raises the readahead of buffered readers of the mount on dir,
+// where we may.
+func SetReadAhead(dir string) {
 	if os.Geteuid() != 0 {
 		return
 	}
 	var st unix.Stat_t
-	if unix.Stat(s.dir, &st) != nil {
+	if unix.Stat(dir, &st) != nil {
 		return
 	}
 	path := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", unix.Major(st.Dev), unix.Minor(st.Dev))

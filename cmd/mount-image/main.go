@@ -5,6 +5,7 @@ package main
 import (
 	"context"
 	"errors"
+	"os"
 
 	"github.com/alecthomas/kong"
 
@@ -15,6 +16,8 @@ import (
 type flags struct {
 	cli.Common
 	cli.ImageFlags
+	cli.SandboxFlags
+	Uid        string   `placeholder:"USER" help:"Let the server run as this user (root)."`
 	Write      bool     `short:"w" help:"Make the disk writable; the image changes."`
 	Scratch    bool     `help:"Make the disk writable into a throw-away layer; the image does not change."`
 	Foreground bool     `short:"f" help:"Stay in the foreground."`
@@ -32,6 +35,9 @@ type flags struct {
 }
 
 func main() {
+	if beKeeper() {
+		os.Exit(cli.ExitOK)
+	}
 	var f flags
 	cli.Main(cli.Tool{
 		Name:        "mount-image",
@@ -46,7 +52,7 @@ func run(ctx context.Context, f *flags) error {
 		if f.Image == "" || f.Dir != "" {
 			return cli.Usage(errors.New("-u wants one directory"))
 		}
-		return interruptible(ctx, func() error { return unmount(ctx, f.Image, f.Force) })
+		return unmount(ctx, f.Image, f.Force)
 	}
 	if f.Image == "" || f.Dir == "" {
 		return cli.Usage(errors.New("want an image and a directory"))

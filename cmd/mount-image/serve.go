@@ -6,19 +6,17 @@ import (
 	"fmt"
 	"io"
 	"log"
-	"log/syslog"
 	"os"
 	"os/signal"
 	"path/filepath"
-	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/imagestack/imagestack/fusefs"
 	"github.com/imagestack/imagestack/guestfs"
 	"github.com/imagestack/imagestack/internal/cli"
-	"github.com/imagestack/imagestack/internal/loopdev"
 	"github.com/imagestack/imagestack/internal/mounttab"
+	"github.com/imagestack/imagestack/internal/sandbox"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 )
@@ -30,9 +28,13 @@ type server struct {
 	stack *layers.Stack
 	fs    *fusefs.FS
 	mount *fusefs.Server
-	loop  string // device, "" when none
-	parts []guestfs.Partition
-	log   *log.Logger
+	place *place
+	// keeper acts on the place for an isolated server, nil for one that is
+	// not.
+	keeper *keeper
+	loop   string // device, "" when none
+	parts  []guestfs.Partition
+	log    *log.Logger
 }
 
 // serve mounts the image and serves it until it is unmounted or ctx ends.
@@ -48,11 +50,18 @@ func serve(ctx context.Context, s *settings, daemon *cli.Daemon) (err error) {
 	if srv.dir, err = mountPoint(s.dir); err != nil {
 		return err
 	}
+	if err := srv.confine(daemon); err != nil {
+		return err
+	}
+	if srv.keeper != nil {
+		defer srv.keeper.close()
+	}
+	sandbox.Attack("parse")
 	if srv.stack, err = open.Open(ctx, s.image, s.open); err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, srv.stack.Close()) }()
-	if err := srv.start(ctx, daemon != nil); err != nil {
+	if err := srv.start(ctx); err != nil {
 		return err
 	}
 	if err := srv.announce(); err != nil {
@@ -122,20 +131,10 @@ func mountPoint(dir string) (string, error) {
 
 // start mounts, makes sure that the disk answers, and attaches a loop device;
 // when something fails, nothing stays behind but the open stack.
-func (srv *server) start(ctx context.Context, background bool) error {
+func (srv *server) start(ctx context.Context) (err error) {
 	s := srv.s
-	image, err := filepath.Abs(s.image)
-	if err != nil {
-		return err
-	}
-	if background {
-		// Best effort: there may be no syslog.
-		if w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, "mount-image"); err == nil {
-			srv.log.SetOutput(io.MultiWriter(os.Stderr, w))
-		}
-	}
 	options := fusefs.Options{
-		Image: image, PID: os.Getpid(), UID: s.uid, GID: s.gid, Umask: s.umask, Report: srv.report,
+		Image: srv.place.Source, PID: os.Getpid(), UID: s.uid, GID: s.gid, Umask: s.umask, Report: srv.report,
 	}
 	if s.partitions {
 		if options.Partitions, err = srv.partitions(ctx); err != nil {
@@ -149,26 +148,20 @@ func (srv *server) start(ctx context.Context, background bool) error {
 	if srv.fs, err = fusefs.New(srv.stack, options); err != nil {
 		return err
 	}
-	srv.mount, err = fusefs.Mount(srv.dir, srv.fs, fusefs.MountOptions{
-		Source: image, AllowOther: s.allowOther, Flags: s.mountFlags, Log: srv.log,
-	})
-	if err != nil {
+	if err := srv.attach(); err != nil {
 		return errors.Join(err, srv.fs.Shutdown())
 	}
 	if err := srv.probe(); err != nil {
 		return errors.Join(fmt.Errorf("the mount does not answer: %w", err), srv.stop())
 	}
 	if s.loop {
-		writable := srv.stack.Writable()
-		srv.loop, err = loopdev.Attach(srv.disk(), loopdev.Options{ReadOnly: !writable, SectorSize: s.sectorSize})
-		if err != nil {
+		if srv.loop, err = srv.attachLoop(); err != nil {
 			return errors.Join(err, srv.stop())
 		}
 	}
+	sandbox.Attack("serve")
 	return nil
 }
-
-func (srv *server) disk() string { return filepath.Join(srv.dir, fusefs.DiskName) }
 
 // report is told every distinct error of the disk once.
 func (srv *server) report(err error) {
@@ -178,22 +171,6 @@ func (srv *server) report(err error) {
 		return
 	}
 	srv.log.Printf("%s: %v", srv.s.image, err)
-}
-
-// probe reads a byte of the disk through the mount.
-func (srv *server) probe() error {
-	f, err := os.Open(srv.disk())
-	if errors.Is(err, unix.EACCES) && srv.s.uid != uint32(os.Geteuid()) {
-		return nil // the owner that was asked for is somebody else: the kernel has answered
-	}
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if _, err := f.ReadAt(make([]byte, 1), 0); err != nil && !errors.Is(err, io.EOF) {
-		return err
-	}
-	return nil
 }
 
 // partitions reads the partition table of the disk.
@@ -258,7 +235,7 @@ func (srv *server) announce() error {
 		return nil
 	}
 	a := announcement{
-		Mount: srv.dir, Disk: srv.disk(), Size: srv.stack.Size(), Writable: srv.stack.Writable(),
+		Mount: srv.dir, Disk: srv.place.disk(), Size: srv.stack.Size(), Writable: srv.stack.Writable(),
 		PID: os.Getpid(), Loop: srv.loop,
 	}
 	for _, p := range srv.parts {
@@ -270,37 +247,10 @@ func (srv *server) announce() error {
 	return cli.PrintJSON(os.Stdout, a)
 }
 
-// patience is how long stop waits for those who use the mount.
-const patience = 2 * time.Second
-
-// stop ends the mount from the inside. It makes everything durable first, then
-// detaches the loop device and unmounts; users who do not go in time lose the
-// mount from under them.
+// stop ends the mount from the inside.
 func (srv *server) stop() error {
-	f, err := os.Open(srv.disk())
-	if err == nil {
-		err = f.Sync()
-		_ = f.Close()
-	}
-	if err != nil && !errors.Is(err, unix.EACCES) && !errors.Is(err, unix.ENOENT) {
-		srv.report(err)
-	}
-	if srv.loop != "" {
-		if err := loopdev.Detach(srv.loop, false); err != nil {
-			srv.report(err)
-		}
-	}
-	for end := time.Now().Add(patience); ; time.Sleep(50 * time.Millisecond) {
-		err := srv.mount.Unmount()
-		if err == nil {
-			break
-		}
-		if time.Now().After(end) || !errors.Is(err, unix.EBUSY) {
-			if err := srv.mount.Detach(); err != nil {
-				srv.report(err)
-			}
-			break
-		}
+	if !srv.leave() {
+		<-srv.mount.Done()
 	}
 	return srv.fs.Shutdown()
 }

@@ -7,6 +7,7 @@ import (
 
 	"github.com/imagestack/imagestack/internal/cli"
 	"github.com/imagestack/imagestack/internal/mountopt"
+	"github.com/imagestack/imagestack/internal/sandbox"
 	"github.com/imagestack/imagestack/layers/open"
 )
 
@@ -24,6 +25,8 @@ type settings struct {
 	umask      uint32
 	allowOther bool
 	mountFlags []string
+	sandbox    sandbox.Mode
+	user       *sandbox.User // to become, nil to stay
 }
 
 func newSettings(f *flags) (*settings, error) {
@@ -75,6 +78,9 @@ func newSettings(f *flags) (*settings, error) {
 		uid: uint32(os.Geteuid()), gid: uint32(os.Getegid()), umask: 0o077,
 		allowOther: o.AllowOther || o.AllowRoot,
 	}
+	if err := s.isolation(f, &o); err != nil {
+		return nil, err
+	}
 	if o.AllowOther {
 		s.umask = 0o022
 	}
@@ -99,4 +105,31 @@ func newSettings(f *flags) (*settings, error) {
 		s.mountFlags = append(s.mountFlags, flag)
 	}
 	return s, nil
+}
+
+// isolation understands --sandbox and --uid.
+func (s *settings) isolation(f *flags, o *mountopt.Options) (err error) {
+	s.sandbox = f.Sandbox
+	if o.Sandbox != "" {
+		s.sandbox = sandbox.Mode(o.Sandbox)
+	}
+	switch s.sandbox {
+	case sandbox.Auto, sandbox.Require, sandbox.Off:
+	default:
+		return fmt.Errorf("sandbox %q: want auto, require or off", s.sandbox)
+	}
+	name := f.Uid
+	if o.RunAs != "" {
+		name = o.RunAs
+	}
+	if name == "" {
+		return nil
+	}
+	if s.sandbox == sandbox.Off {
+		return errors.New("--uid and --sandbox=off exclude each other")
+	}
+	if s.user, err = sandbox.LookupUser(name); err == nil && os.Geteuid() != 0 && s.user.UID != os.Geteuid() {
+		err = errors.New("only root can run the server as another user")
+	}
+	return err
 }

@@ -17,6 +17,8 @@ import (
 	"os"
 
 	"github.com/alecthomas/kong"
+
+	"github.com/imagestack/imagestack/internal/sandbox"
 )
 
 // Version is set by the linker.
@@ -35,6 +37,11 @@ type ImageFlags struct {
 	BackingFormat string   `placeholder:"FMT" help:"Format of a backing file whose format the image does not state."`
 	AllowPath     []string `placeholder:"DIR" sep:"none" help:"Also allow parents and data files in this directory (repeatable)."`
 	CacheSize     Size     `placeholder:"SIZE" help:"Memory for metadata, such as 256M (default 64M)."`
+}
+
+// SandboxFlags say how much a tool that reads images gives up before it does.
+type SandboxFlags struct {
+	Sandbox sandbox.Mode `enum:"auto,require,off" default:"auto" help:"Isolation of the process that reads the image: auto (as much as the kernel offers), require (or fail) or off."`
 }
 
 // Tool is a program of the house.

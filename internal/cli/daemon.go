@@ -25,7 +25,10 @@ const readyEnv = "IMAGESTACK_READY_FD"
 const readyByte = '+'
 
 // Daemon is the child's side.
-type Daemon struct{ ready *os.File }
+type Daemon struct {
+	ready   *os.File
+	in, out *os.File // after Prepare
+}
 
 // DaemonChild returns the child's side when this process is the child of
 // StartDaemon, else nil.
@@ -44,39 +47,49 @@ func DaemonChild() *Daemon {
 	return &Daemon{ready: os.NewFile(uintptr(fd), "ready")}
 }
 
-// Ready cuts the last ties to the parent (working directory, stdin, stdout,
-// stderr; the latter two go to logFile, or to /dev/null when it is empty) and
-// lets it exit with code 0. An error means that the parent is gone and nobody
-// knows of this daemon, which must end.
-func (d *Daemon) Ready(logFile string) error {
-	if d.ready == nil {
-		return nil
-	}
+// Prepare does what of Ready needs the right to open files: it opens logFile,
+// or /dev/null when it is empty. Leaving the working directory is then left to
+// the caller.
+func (d *Daemon) Prepare(logFile string) (err error) {
 	out := os.DevNull
 	flags := os.O_WRONLY
 	if logFile != "" {
 		out, flags = logFile, os.O_WRONLY|os.O_APPEND|os.O_CREATE
 	}
-	w, err := os.OpenFile(out, flags, 0o600)
-	if err != nil {
+	if d.out, err = os.OpenFile(out, flags, 0o600); err != nil {
 		return err
 	}
+	d.in, err = os.Open(os.DevNull)
+	return err
+}
+
+// Ready cuts the last ties to the parent (working directory, stdin, stdout,
+// stderr; the latter two go to logFile, or to /dev/null when it is empty) and
+// lets it exit with code 0. An error means that the parent is gone and nobody
+// knows of this daemon, which must end. After Prepare, whose logFile counts,
+// it opens nothing.
+func (d *Daemon) Ready(logFile string) error {
+	if d.ready == nil {
+		return nil
+	}
+	if d.out == nil || d.in == nil {
+		if err := d.Prepare(logFile); err != nil {
+			return err
+		}
+		if err := os.Chdir("/"); err != nil {
+			return err
+		}
+	}
+	w, r := d.out, d.in
 	defer w.Close()
-	r, err := os.Open(os.DevNull)
-	if err != nil {
-		return err
-	}
 	defer r.Close()
-	if err := os.Chdir("/"); err != nil {
-		return err
-	}
 	// Not before everything else has worked: errors still reach the parent.
 	for fd, f := range []*os.File{r, w, w} {
 		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
 			return fmt.Errorf("descriptor %d: %w", fd, err)
 		}
 	}
-	_, err = d.ready.Write([]byte{readyByte})
+	_, err := d.ready.Write([]byte{readyByte})
 	err = errors.Join(err, d.ready.Close())
 	d.ready = nil
 	if err != nil {
@@ -118,7 +131,12 @@ func StartDaemon(ctx context.Context) error {
 	buf := make([]byte, 1)
 	n, err := r.Read(buf)
 	if n == 1 && buf[0] == readyByte {
-		return cmd.Process.Release()
+		if stop() {
+			return cmd.Process.Release()
+		}
+		// It was told to end in the moment in which it became ready.
+		_ = cmd.Wait()
+		return context.Cause(ctx)
 	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		return err

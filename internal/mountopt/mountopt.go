@@ -27,6 +27,8 @@ type Options struct {
 	AllowPath     []string
 	CacheSize     string
 	Log           string
+	Sandbox       string   // auto, require or off
+	RunAs         string   // user whom the server becomes
 	Flags         []string // options for the kernel, such as noexec
 }
 
@@ -111,6 +113,7 @@ func (o *Options) one(opt string) error {
 	text := map[string]*string{
 		"snapshot": &o.Snapshot, "format": &o.Format, "backing_format": &o.BackingFormat,
 		"cache_size": &o.CacheSize, "log": &o.Log,
+		"sandbox": &o.Sandbox, "run_as": &o.RunAs,
 	}
 	if p, ok := text[name]; ok {
 		if value == "" {

@@ -32,8 +32,6 @@ import (
 	"fmt"
 	"os/user"
 	"strconv"
-
-	"golang.org/x/sys/unix"
 )
 
 // Mode is how much a user insists on isolation.
@@ -108,11 +106,6 @@ func Confine(p Policy) (warnings []string, err error) {
 		if err := missing("capabilities", err); err != nil {
 			return nil, err
 		}
-	}
-	// Nobody of the same user looks into the memory of this process, and it
-	// leaves no core dump with the contents of a disk.
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return nil, err
 	}
 	if err := restrictFiles(p); err != nil {
 		if err := missing("Landlock", err); err != nil {

@@ -25,6 +25,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
 )
 
@@ -37,6 +38,9 @@ type Options struct {
 	Scratch bool
 	// ScratchDir is where the throw-away layer lives, "" for os.TempDir().
 	ScratchDir string
+	// ScratchFile, if not nil, is the file of the throw-away layer; a
+	// successful Open takes it over.
+	ScratchFile backend.File
 	// Format states the format of the image named: raw, ploop (parallels) or
 	// qcow2. "" probes.
 	Format string

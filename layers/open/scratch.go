@@ -12,9 +12,13 @@ import (
 
 // addScratch puts an empty layer on top that is gone when it is closed.
 func (op *opener) addScratch() error {
-	f, err := scratchFile(op.o.ScratchDir)
-	if err != nil {
-		return err
+	f, own := op.o.ScratchFile, false
+	var err error
+	if f == nil {
+		if f, err = scratchFile(op.o.ScratchDir); err != nil {
+			return err
+		}
+		own = true
 	}
 	err = qcow2.Create(op.ctx, f, qcow2.CreateOptions{Size: op.pile[0].Size()})
 	var l *qcow2.Image
@@ -22,7 +26,9 @@ func (op *opener) addScratch() error {
 		l, err = qcow2.Open(op.ctx, f, layers.OpenOptions{Path: f.Name(), Writable: true, Cache: op.cache})
 	}
 	if err != nil {
-		_ = f.Close() // it has no name: closing removes it
+		if own {
+			_ = f.Close() // it has no name: closing removes it
+		}
 		return err
 	}
 	op.pile = append([]layers.Layer{l}, op.pile...)

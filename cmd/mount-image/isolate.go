@@ -1,0 +1,129 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"log/syslog"
+	"os"
+	"path/filepath"
+
+	"github.com/imagestack/imagestack/fusefs"
+	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/sandbox"
+	"github.com/imagestack/imagestack/layers/open"
+)
+
+// confine opens what the server needs besides the image, starts the keeper
+// and gives up every other right, before the image is looked at.
+func (srv *server) confine(daemon *cli.Daemon) error {
+	s := srv.s
+	image, err := filepath.Abs(s.image)
+	if err != nil {
+		return err
+	}
+	srv.place = &place{
+		Dir: srv.dir, Source: image, AllowOther: s.allowOther, Flags: s.mountFlags,
+		ReadOnly: !s.open.Writable && !s.open.Scratch, UID: s.uid, SectorSize: s.sectorSize,
+	}
+	if daemon != nil {
+		// Best effort: there may be no syslog.
+		if w, err := syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, "mount-image"); err == nil {
+			srv.log.SetOutput(io.MultiWriter(os.Stderr, w))
+		}
+	}
+	if s.sandbox == sandbox.Off {
+		return nil
+	}
+	access, err := open.AccessTo(s.image, s.open)
+	if err != nil {
+		return err
+	}
+	if s.open.Scratch {
+		if s.open.ScratchFile, err = open.NewScratchFile(s.open.ScratchDir); err != nil {
+			return err
+		}
+	}
+	if daemon != nil {
+		if err := daemon.Prepare(s.log); err != nil {
+			return err
+		}
+	}
+	if srv.keeper, err = startKeeper(srv.place); err != nil {
+		return err
+	}
+	warnings, err := sandbox.Confine(sandbox.Policy{
+		Mode: s.sandbox, List: access.List, Read: access.Read, Write: access.Write, User: s.user,
+	})
+	for _, w := range warnings {
+		srv.log.Print(w)
+	}
+	if err != nil {
+		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
+	}
+	return nil
+}
+
+// attach mounts. An isolated server gives up opening files with it.
+func (srv *server) attach() (err error) {
+	o := srv.place.options()
+	o.Log = srv.log
+	if srv.keeper == nil {
+		srv.mount, err = fusefs.Mount(srv.dir, srv.fs, o)
+		return err
+	}
+	_, conn, err := srv.keeper.ask(askAttach)
+	if err == nil && conn < 0 {
+		err = errors.New("the keeper has sent no connection")
+	}
+	if err != nil {
+		return err
+	}
+	// Nor is the working directory kept busy.
+	if err = os.Chdir("/"); err == nil {
+		err = sandbox.Seal(srv.s.sandbox)
+	}
+	if err == nil {
+		srv.mount, err = fusefs.Serve(conn, srv.fs, o)
+	}
+	if err != nil {
+		_, _, leaveErr := srv.keeper.ask(askLeave)
+		return errors.Join(err, leaveErr)
+	}
+	return nil
+}
+
+func (srv *server) probe() error {
+	if srv.keeper == nil {
+		return srv.place.probe()
+	}
+	_, _, err := srv.keeper.ask(askProbe)
+	return err
+}
+
+func (srv *server) attachLoop() (string, error) {
+	if srv.keeper == nil {
+		return srv.place.attachLoop()
+	}
+	a, _, err := srv.keeper.ask(askLoop)
+	return a.Loop, err
+}
+
+// leave ends the mount; lazy means that it still has users.
+func (srv *server) leave() (lazy bool) {
+	if srv.keeper == nil {
+		lazy, troubles := srv.place.leave()
+		for _, err := range troubles {
+			srv.report(err)
+		}
+		return lazy
+	}
+	a, _, err := srv.keeper.ask(askLeave)
+	if err != nil {
+		srv.report(err)
+		return true
+	}
+	for _, t := range a.Troubles {
+		srv.report(errors.New(t))
+	}
+	return a.Lazy
+}
