@@ -22,6 +22,9 @@ type infoCmd struct{ image }
 
 // Run shows what is to know about a stack.
 func (c *infoCmd) Run(ctx context.Context) error {
+	if err := c.confine(); err != nil {
+		return err
+	}
 	report, err := open.Inspect(ctx, c.Image, c.options())
 	if err != nil {
 		return err

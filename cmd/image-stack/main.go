@@ -3,10 +3,13 @@ package main
 
 import (
 	"context"
+	"fmt"
+	"os"
 
 	"github.com/alecthomas/kong"
 
 	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/sandbox"
 	"github.com/imagestack/imagestack/layers/open"
 )
 
@@ -19,6 +22,7 @@ type flags struct {
 // image are the flags of every subcommand that reads one stack.
 type image struct {
 	cli.ImageFlags
+	cli.SandboxFlags
 	Snapshot string `placeholder:"ID" help:"Look at a snapshot: id or name (qcow2), GUID (ploop bundle)."`
 	JSON     bool   `help:"Print one JSON document on stdout."`
 	Image    string `arg:"" placeholder:"IMAGE" help:"Top layer, DiskDescriptor.xml or bundle directory."`
@@ -29,6 +33,27 @@ func (i *image) options() open.Options {
 		Format: i.Format, BackingFormat: i.BackingFormat, Snapshot: i.Snapshot,
 		AllowPaths: i.AllowPath, CacheSize: int64(i.CacheSize),
 	}
+}
+
+// confine gives up, before the image is looked at, all that reading it does not
+// need.
+func (i *image) confine() error {
+	if i.Sandbox == sandbox.Off {
+		return nil
+	}
+	access, err := open.AccessTo(i.Image, i.options())
+	if err != nil {
+		return err
+	}
+	warnings, err := sandbox.Confine(sandbox.Policy{Mode: i.Sandbox, List: access.List, Read: access.Read})
+	for _, w := range warnings {
+		fmt.Fprintln(os.Stderr, "image-stack:", w)
+	}
+	if err != nil {
+		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
+	}
+	sandbox.Attack("parse")
+	return nil
 }
 
 func main() {

@@ -30,6 +30,9 @@ type mapExtent struct {
 
 // Run lists the extents of the whole stack.
 func (c *mapCmd) Run(ctx context.Context) (err error) {
+	if err := c.confine(); err != nil {
+		return err
+	}
 	stack, err := open.Open(ctx, c.Image, c.options())
 	if err != nil {
 		return err
