@@ -138,7 +138,7 @@ var (
 		"-p and -y cut them off.")
 	codeLeakInner = fsck.Register("ploop.leak.inner", fsck.Leak,
 		"Clusters inside the file are used by nothing.",
-		"-p and -y move clusters from the end of the file into them and shorten it, -p up to 1 GiB. Where there is a format extension they stay.")
+		"-p and -y move clusters from the end of the file into them and shorten it, -p up to 1 GiB. Where there is a format extension, or more than fits into the memory allowed, they stay and are only noted; image-compact gives them back.")
 	codeLeakSuspect = fsck.Register("ploop.leak.suspect", fsck.Leak,
 		"Clusters are used by nothing, and entries of the BAT are damaged: the clusters may be those that the entries have lost.",
 		"-y copies them into lost+found. They are given back after that.")

@@ -23,6 +23,13 @@ func (c *check) checkHeader() (bool, error) {
 	if !c.checkSignature(h) {
 		return false, nil
 	}
+	fit, ok := c.fitGeometry(h)
+	if !ok {
+		c.report(fsck.Finding{Code: codeGeometry, Place: fsck.Place{Offset: offSectors, Field: "header"},
+			Text: fmt.Sprintf("clusters of %d sectors, %d BAT entries, a disk of %d sectors, data from sector %d",
+				h.u32(offSectors), h.u32(offBATEntries), c.sectorsOf(h), h.u32(offFirstBlock))})
+		return false, nil
+	}
 	if t := h.u32(offType); t != diskType {
 		if c.headerFix(codeType, offType, "m_Type", t, "must be 2", "set it to 2") {
 			h.put32(offType, diskType)
@@ -33,13 +40,6 @@ func (c *check) checkHeader() (bool, error) {
 			Text: "version 1 has 32 bits only", Fix: &fsck.Fix{Text: "zero the high half", Level: fsck.Preen}}) {
 			h.put32(offSize+4, 0)
 		}
-	}
-	fit, ok := c.fitGeometry(h)
-	if !ok {
-		c.report(fsck.Finding{Code: codeGeometry, Place: fsck.Place{Offset: offSectors, Field: "header"},
-			Text: fmt.Sprintf("clusters of %d sectors, %d BAT entries, a disk of %d sectors, data from sector %d",
-				h.u32(offSectors), h.u32(offBATEntries), c.sectorsOf(h), h.u32(offFirstBlock))})
-		return false, nil
 	}
 	c.applyGeometry(h, fit)
 	return true, c.checkBATArea()

@@ -145,7 +145,11 @@ func (c *check) freeLeaks(end, tail int64, ragged bool) error {
 		if moves > maxQuiet/c.cluster {
 			level = fsck.Full
 		}
-		fixable = fixable && c.space.single && c.ext.at == 0 && moves <= maxMoves && c.damaged.Load() == 0
+		if c.ext.at != 0 || !c.space.single || moves > maxMoves {
+			// Not worth more than a note, then: nothing is wrong with gaps.
+			f.Severity, fixable = fsck.Note, false
+		}
+		fixable = fixable && c.damaged.Load() == 0
 		if offer(f, level, "move clusters from the end of the file into them") {
 			var err error
 			if cut, err = c.pack(); err != nil {
