@@ -19,7 +19,8 @@ import (
 // section for each round of it. A section is written with state 0 and synced,
 // then its state becomes 1 and is synced, and only then is the image changed:
 // of a section in state 0 nothing has been done, and it is ignored; one in
-// state 1 that cannot be read is an error.
+// state 1 that cannot be read is an error. Sections begin at multiples of 512
+// (zeros fill the gap), so that a power cut cannot tear a header.
 //
 //	section header, 512 bytes
 //	  0  8   magic "IMGSUNDO"
@@ -298,9 +299,9 @@ func readSections(f backend.File) ([]undoSection, error) {
 				break
 			}
 		}
-		s.end = u.at
+		s.end = (u.at + sector - 1) &^ (sector - 1)
 		all = append(all, s)
-		at = u.at
+		at = s.end
 	}
 	return all, nil
 }
