@@ -73,6 +73,8 @@ demo:
 install: build
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/man/man1 $(DESTDIR)$(PREFIX)/share/man/man8
 	for tool in cmd/*/; do install -m 755 "bin/$$(basename "$$tool")" $(DESTDIR)$(PREFIX)/bin/ || exit 1; done
+	install -d $(DESTDIR)$(PREFIX)/sbin
+	ln -sf ../bin/image-fsck $(DESTDIR)$(PREFIX)/sbin/fsck.imagestack
 	install -m 644 man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1/
 	install -m 644 man/*.8 $(DESTDIR)$(PREFIX)/share/man/man8/
 

@@ -18,7 +18,7 @@ var (
 	// ErrNoFit says that a dump does not fit the image.
 	ErrNoFit = errors.New("the dump does not fit the image")
 	// ErrNotDamaged says that there is nothing to restore.
-	ErrNotDamaged = errors.New("the image is not damaged, and what was written since the dump would be lost")
+	ErrNotDamaged = errors.New("the image is clean, and what was written since the dump would be lost")
 )
 
 // Restoration is a plan to put a dump back.
@@ -49,7 +49,7 @@ func (r *Restoration) Close() error { return r.Plan.Close() }
 // What a check cannot see: clusters that were given to another place of the
 // disk since the dump was made.
 //
-// An image without damage is refused with ErrNotDamaged.
+// A clean image is refused with ErrNotDamaged.
 func Restore(ctx context.Context, dump io.ReaderAt, f backend.File, o Options, po PlanOptions) (*Restoration, error) {
 	if err := restorable(ctx, dump, f, o); err != nil {
 		return nil, err
@@ -78,7 +78,7 @@ func Restore(ctx context.Context, dump io.ReaderAt, f backend.File, o Options, p
 	return best, fmt.Errorf("%w: with it the image would be damaged (%s)", ErrNoFit, best.After.Worst())
 }
 
-// restorable checks that there is damage, in an image as the dump knows it.
+// restorable checks that something is wrong, in an image as the dump knows it.
 func restorable(ctx context.Context, dump io.ReaderAt, f backend.File, o Options) error {
 	d, err := newDumpReader(io.NewSectionReader(dump, 0, math.MaxInt64))
 	if err != nil {
@@ -97,7 +97,7 @@ func restorable(ctx context.Context, dump io.ReaderAt, f backend.File, o Options
 	switch now := col.Sum(stats).Worst(); {
 	case now < Fatal && stats.VirtualSize != d.id.VirtualSize:
 		return fmt.Errorf("%w: it is of a disk of %d bytes, this one has %d", ErrNoFit, d.id.VirtualSize, stats.VirtualSize)
-	case now < Damage:
+	case now < Leak: // a table that reads as zeros leaks all that it named
 		return ErrNotDamaged
 	}
 	return nil

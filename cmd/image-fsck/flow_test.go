@@ -1,6 +1,7 @@
 package main
 
 import (
+	"encoding/binary"
 	"encoding/json"
 	"os"
 	"path/filepath"
@@ -114,7 +115,7 @@ func TestDumpRestore(t *testing.T) {
 	}
 	good := imgtest.SHA256File(t, "a.hds")
 	want(t, 0, "--dump", "a.dump", "a.hds") // replaces the old one
-	if _, stderr := want(t, 8, "--restore", "a.dump", "-y", "a.hds"); !strings.Contains(stderr, "not damaged") {
+	if _, stderr := want(t, 8, "--restore", "a.dump", "-y", "a.hds"); !strings.Contains(stderr, "is clean") {
 		t.Error(stderr)
 	}
 	for name, damage := range map[string]func(){
@@ -243,4 +244,65 @@ func TestDumpJSON(t *testing.T) {
 	if left, _ := filepath.Glob("*"); len(left) != 1 {
 		t.Errorf("%q", left)
 	}
+}
+
+// A qcow2 image whose L1 table is lost comes back with what was written after
+// the dump; one that lost everything comes back as it was then.
+func TestDumpQcow2(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	t.Chdir(t.TempDir())
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", "a.qcow2", "8M")
+	imgtest.QemuIO(t, "qcow2", "a.qcow2", "write -P 7 0 1M", "write -P 9 5M 64k")
+	imgtest.QemuImg(t, "snapshot", "-c", "s", "a.qcow2")
+	imgtest.QemuIO(t, "qcow2", "a.qcow2", "write -P 8 512k 64k")
+	want(t, 0, "--dump", "a.dump", "a.qcow2")
+	l1 := func() int64 {
+		b, err := os.ReadFile("a.qcow2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return int64(binary.BigEndian.Uint64(b[40:]))
+	}()
+	// In a place that the L2 tables of the dump cover.
+	imgtest.QemuIO(t, "qcow2", "a.qcow2", "write -P 6 1M 64k")
+	imgtest.QemuRaw(t, "qcow2", "a.qcow2", "before.raw")
+	poke(t, "a.qcow2", l1, make([]byte, 32))
+	want(t, 4, "-n", "a.qcow2")
+	out, _ := want(t, 1, "--restore", "a.dump", "-y", "a.qcow2")
+	if !strings.Contains(out, "the roots") {
+		t.Error(out)
+	}
+	imgtest.QemuRaw(t, "qcow2", "a.qcow2", "after.raw")
+	imgtest.SameContent(t, "before.raw", "after.raw")
+	want(t, 0, "-n", "a.qcow2")
+	// Header, tables and counts of the first 256 KiB, but not the L2 tables.
+	poke(t, "a.qcow2", 0, make([]byte, 3*4096))
+	want(t, 8, "-n", "a.qcow2")
+	want(t, 4, "-n", "--format", "qcow2", "a.qcow2")
+	want(t, 1, "--restore", "a.dump", "-y", "a.qcow2")
+	if exit, out := imgtest.QemuCheck(t, "a.qcow2", "qcow2"); exit != 0 && exit != 3 {
+		t.Errorf("qemu-img check: %d %s", exit, out)
+	}
+	imgtest.QemuIO(t, "qcow2", "a.qcow2", "read -P 7 0 512k", "read -P 8 512k 64k", "read -P 9 5M 64k")
+}
+
+// QEMU and we keep out of each other's images.
+func TestInUse(t *testing.T) {
+	imgtest.Require(t, "qemu-img")
+	t.Chdir(t.TempDir())
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "a.qcow2", "1M")
+	f, err := backend.Open("a.qcow2", backend.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := backend.LockerOf(f).Lock(backend.WriterUse, backend.WriterUnshare); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{{"-n", "a.qcow2"}, {"-y", "a.qcow2"}, {"--dump", "x", "a.qcow2"}, {"--json", "a.qcow2"}} {
+		if _, stderr := want(t, 8, args...); !strings.Contains(stderr, "in use") || !strings.Contains(stderr, "fuser") {
+			t.Errorf("%q: %q", args, stderr)
+		}
+	}
+	want(t, 1, "--compat=qemu", "a.qcow2")
 }
