@@ -209,10 +209,10 @@ type recording struct {
 	names []string
 	sess  *Session
 	sites []string // who called each sync
+	final map[string]*backend.Mem
 	// verdicts are those on contents judged before, as far as they do not
 	// depend on what had been promised.
 	verdicts map[uint64]error
-	first    bool // of Standard
 }
 
 func record(ctx context.Context, op Op, seed uint64) (*recording, error) {
@@ -220,10 +220,12 @@ func record(ctx context.Context, op Op, seed uint64) (*recording, error) {
 	if err != nil {
 		return nil, fmt.Errorf("setup: %w", err)
 	}
-	r := &recording{op: op, seed: seed, image: img, rec: backend.NewRecorder()}
+	r := &recording{op: op, seed: seed, image: img, rec: backend.NewRecorder(), final: map[string]*backend.Mem{}}
 	files := map[string]backend.File{}
 	for _, name := range slices.Sorted(maps.Keys(img.Files)) {
-		f, err := r.rec.Wrap(img.Files[name].Clone())
+		m := img.Files[name].Clone()
+		r.final[name] = m
+		f, err := r.rec.Wrap(m)
 		if err != nil {
 			return nil, err
 		}
@@ -235,7 +237,8 @@ func record(ctx context.Context, op Op, seed uint64) (*recording, error) {
 			return f, nil
 		}
 		r.names = append(r.names, name)
-		return r.rec.Wrap(backend.NewMem(name))
+		r.final[name] = backend.NewMem(name)
+		return r.rec.Wrap(r.final[name])
 	})
 	if err != nil {
 		return nil, err

@@ -131,6 +131,17 @@ func half(stretch int64) func(e layers.Editor, rng *rand.Rand) error {
 	}
 }
 
+// same fills the first n bytes with one value.
+func same(n int64) func(e layers.Editor, rng *rand.Rand) error {
+	return func(e layers.Editor, _ *rand.Rand) error {
+		p := make([]byte, n)
+		for i := range p {
+			p[i] = 0x5a
+		}
+		return e.WriteAt(context.Background(), p, 0, layertest.NewBelow(nil, 1))
+	}
+}
+
 // qcow2ByQemu is an image that qemu-img makes and commands of qemu-io fill. A
 // command that begins with "img " is one of qemu-img, in which FILE stands for
 // the image.

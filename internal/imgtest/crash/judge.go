@@ -9,7 +9,8 @@ import (
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
-	_ "github.com/imagestack/imagestack/fsck/ploopfsck" // the checker
+	_ "github.com/imagestack/imagestack/fsck/ploopfsck" // the checkers
+	_ "github.com/imagestack/imagestack/fsck/qcow2fsck"
 	"github.com/imagestack/imagestack/internal/imgtest/layertest"
 )
 
@@ -28,6 +29,9 @@ type State struct {
 
 // Session is the run that was cut short.
 func (st *State) Session() *Session { return st.r.sess }
+
+// Final is a file as that run left it when the power stayed on.
+func (st *State) Final(name string) *backend.Mem { return st.r.final[name] }
 
 // Image is what it started from.
 func (st *State) Image() *Image { return st.r.image }
