@@ -213,17 +213,10 @@ func (c *check) clusterSize() bool {
 			others = append(others, bits)
 		}
 	}
-	// A smaller size agrees with the alignment of a larger one; what does not
-	// is the number of L1 entries, which programs make no larger than needed.
+	// A smaller size agrees with the alignment of a larger one, and three
+	// tables in a row are hardly all on boundaries of a size that is too large.
 	if len(others) > 1 {
-		exact := others[:0:0]
-		for _, bits := range others {
-			span := bits + bits - 3
-			if need := (h.size + 1<<span - 1) >> span; need == uint64(h.l1Size) {
-				exact = append(exact, bits)
-			}
-		}
-		others = exact
+		others = others[len(others)-1:]
 	}
 	if valid && len(others) != 1 {
 		return true // something else is wrong
