@@ -132,7 +132,10 @@ func (c *check) fitGeometry(h *header) (fields, bool) {
 	}
 	file := c.eof / sectorSize
 	late := func(f fields) bool { return f.first%f.spc == 0 && f.first > f.exact() && f.first <= file }
-	if f.saneCluster() && f.entries == f.need() {
+	// Only QEMU makes clusters that are no power of two; where something is
+	// wrong such a size is rather that.
+	sane := f.saneCluster() && f.spc&(f.spc-1) == 0
+	if f.saneCluster() && f.entries == f.need() && (sane || late(f)) {
 		if !late(f) {
 			f.first = f.exact()
 		}
@@ -149,7 +152,7 @@ func (c *check) fitGeometry(h *header) (fields, bool) {
 			found = append(found, g)
 		}
 	}
-	if !f.saneCluster() {
+	if !sane {
 		if len(found) == 1 {
 			return found[0], true
 		}
