@@ -47,6 +47,10 @@ func play(ctx context.Context, what string) error {
 		fmt.Println(os.Getpid())
 		<-ctx.Done()
 		return context.Cause(ctx)
+	case "late":
+		fmt.Println(os.Getpid())
+		<-ctx.Done()
+		return d.Ready("")
 	}
 	fmt.Println("on stdout")
 	if err := d.Ready(filepath.Join(arg, "log")); err != nil {
@@ -181,5 +185,29 @@ func TestDaemonInterrupted(t *testing.T) {
 	if err := unix.Kill(pid, 0); !errors.Is(err, unix.ESRCH) {
 		t.Errorf("the child lives on: %v", err)
 		_ = unix.Kill(pid, unix.SIGKILL)
+	}
+}
+
+// A daemon that is told to end while it becomes ready does not count as ready.
+func TestDaemonInterruptedWhenReady(t *testing.T) {
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), playEnv+"=late")
+	cmd.WaitDelay = 20 * time.Second
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := out.Read(make([]byte, 32)); err != nil { // the daemon runs
+		t.Fatal(err)
+	}
+	if err := cmd.Process.Signal(unix.SIGINT); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != ExitInterrupt {
+		t.Errorf("exit %d, want %d", code, ExitInterrupt)
 	}
 }
