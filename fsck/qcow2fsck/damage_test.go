@@ -220,5 +220,6 @@ func qemuCheck(t testing.TB, dir string, b []byte) (int, string) {
 	if err := os.WriteFile(path, b, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	return imgtest.QemuCheck(t, path, "qcow2")
+	exit, out := imgtest.QemuCheck(t, path, "qcow2")
+	return exit, out[:min(len(out), 1000)]
 }

@@ -253,7 +253,9 @@ func (c *check) dropBlock(cluster int64) {
 	for k, off := range c.blocks.table {
 		if off != 0 && int64(off>>c.bits) == cluster {
 			at := int64(c.blocks.off) + int64(k)*8
-			c.found(codeRTMetadata, at, fmt.Sprintf("refcount table entry %d", k), off, "the map claims that cluster, and it does not hold counts", preen("make a new block"))
+			if c.found(codeRTMetadata, at, fmt.Sprintf("refcount table entry %d", k), off, "the map claims that cluster, and it does not hold counts", preen("make a new block")) {
+				c.put64(fsck.PhaseCounts, at, 0)
+			}
 			c.blocks.drop(k)
 		}
 	}

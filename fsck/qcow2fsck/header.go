@@ -314,13 +314,17 @@ func (c *check) l1Need(size uint64) uint64 {
 // a table.
 func (c *check) sizes() bool {
 	h := &c.h
-	if !c.aligned(h.l1Off, 8) || !c.looksLikeL1(h.l1Off, h.l1Size) {
+	sure := h.l1Size // entries that are certainly meant
+	if n := c.l1Need(h.size); h.size < 1<<63 && n <= maxL1Entries {
+		sure = min(sure, uint32(n))
+	}
+	if !c.aligned(h.l1Off, 8) || !c.looksLikeL1(h.l1Off, sure) {
 		if h.l1Size == 0 && h.size == 0 {
 			return true
 		}
 		var fix *fsck.Fix
 		down := h.l1Off & 0x00fffffffffffe00 &^ uint64(c.cs-1)
-		if down != h.l1Off && c.aligned(down, 8) && c.looksLikeL1(down, h.l1Size) {
+		if down != h.l1Off && c.aligned(down, 8) && c.looksLikeL1(down, sure) {
 			fix = full(fmt.Sprintf("take the table at %#x", down))
 		}
 		if !c.found(codeL1Offset, offL1Offset, "l1_table_offset", h.l1Off, "there is no L1 table", fix) {

@@ -69,7 +69,7 @@ func (c *check) structures() bool {
 			c.found(codeL1Offset, offL1Offset, "l1_table_offset", h.l1Off, "the table lies in "+what, nil)
 			return false
 		}
-		if h.rtOff < h.l1Off+uint64(h.l1Size)*8 && h.l1Off < h.rtOff+uint64(h.rtClusters)<<c.bits && c.counted(0, 1) {
+		if h.rtOff == h.l1Off && c.counted(0, 1) {
 			c.found(codeL1Offset, offL1Offset, "l1_table_offset", h.l1Off, "the refcount table is there", nil)
 			return false
 		}
@@ -184,7 +184,9 @@ func (c *check) refcountBlocks() {
 		at := int64(t.off) + int64(k)*8
 		field := fmt.Sprintf("refcount table entry %d", k)
 		bad := func(code *fsck.Code, text string) {
-			c.found(code, at, field, e, text, preen("make a new block"))
+			if c.found(code, at, field, e, text, preen("make a new block")) {
+				c.put64(fsck.PhaseCounts, at, 0)
+			}
 			t.drop(k)
 		}
 		off := e

@@ -90,8 +90,8 @@ var qcow2Shapes = map[string]qcow2Shape{
 	"bitmaps": {4096, []string{"convert -f raw -O qcow2 -o cluster_size=4k SRC IMG", "bitmap --add IMG one", "bitmap --add -g 64k IMG two",
 		"io write -P 6 64k 64k"}},
 	"extl2":   {16384, []string{"create -f qcow2 -o cluster_size=16k,extended_l2=on IMG 8M", "io write -P 1 0 1M", "io write -P 2 3M 512", "io write -P 3 7M 100k"}},
-	"data":    {4096, []string{"create -f qcow2 -o cluster_size=4k,data_file=IMG.data IMG 8M", "io write -P 1 0 1M", "io write -P 2 7M 100k"}},
-	"raw":     {4096, []string{"create -f qcow2 -o cluster_size=4k,data_file=IMG.data,data_file_raw=on IMG 8M", "io write -P 1 0 1M", "io write -P 2 7M 100k"}},
+	"data":    {4096, []string{"create -f qcow2 -o cluster_size=4k,data_file=image.data IMG 8M", "io write -P 1 0 1M", "io write -P 2 7M 100k"}},
+	"raw":     {4096, []string{"create -f qcow2 -o cluster_size=4k,data_file=image.data,data_file_raw=on IMG 8M", "io write -P 1 0 1M", "io write -P 2 7M 100k"}},
 	"backing": {4096, []string{"create -f qcow2 -o cluster_size=4k -F raw -b base.raw IMG 8M", "io write -P 1 0 1M"}},
 }
 
@@ -121,7 +121,9 @@ var (
 	madeAll = map[string]*made{}
 )
 
-// Qcow2Image writes the intact image of a shape into dir, and Original(dir).
+// Qcow2Image writes the intact image of a shape into dir, and Original(dir),
+// and makes dir the working directory of the test: QEMU looks there for
+// external data files.
 func Qcow2Image(t testing.TB, dir, shape string) string {
 	t.Helper()
 	madeMu.Lock()
@@ -135,6 +137,7 @@ func Qcow2Image(t testing.TB, dir, shape string) string {
 		write(t, filepath.Join(dir, name), b)
 	}
 	write(t, Original(dir), m.original)
+	t.Chdir(dir)
 	return filepath.Join(dir, "image")
 }
 
@@ -169,7 +172,8 @@ func makeQcow2(t testing.TB, s qcow2Shape) *made {
 	img, src := filepath.Join(dir, "image"), filepath.Join(dir, "src")
 	write(t, src, qcow2Source())
 	write(t, filepath.Join(dir, "base.raw"), qcow2Source())
-	names := strings.NewReplacer("data_file=IMG", "data_file="+img, "IMG", img, "SRC", src)
+	names := strings.NewReplacer("IMG", img, "SRC", src)
+	t.Chdir(dir) // QEMU looks for external data files where it runs
 	for _, c := range s.commands {
 		if rest, ok := strings.CutPrefix(c, "io "); ok {
 			imgtest.QemuIO(t, "qcow2", img, rest)

@@ -52,7 +52,7 @@ func qcow2Counts() []Damage {
 		qcow2Case("reftable-offset-0", "v3", func(q *qcow2) { q.p64(48, 0) },
 			Damage{Codes: []string{"qcow2.reftable.header"}, Foreign: anywhere}),
 		qcow2Case("reftable-offset-huge", "v3", func(q *qcow2) { q.p64(48, 1<<62) },
-			Damage{Codes: []string{"qcow2.reftable.header"}, Foreign: 1}),
+			Damage{Codes: []string{"qcow2.reftable.header"}, Foreign: 2}),
 		qcow2Case("reftable-offset-unaligned", "v3", func(q *qcow2) { q.p64(48, q.u64(48)+0x100) },
 			Damage{Codes: []string{"qcow2.reftable.header"}, Foreign: 1}),
 		qcow2Case("reftable-offset-data", "v3", func(q *qcow2) { q.p64(48, uint64(q.host(g))) },
