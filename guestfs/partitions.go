@@ -1,11 +1,3 @@
-// Package guestfs knows what a guest keeps on its disk: at present its
-// partition tables.
-//
-// Design note. A guest wrote these bytes, so they are hostile: every count,
-// sum and link is checked before it is used, chains are bounded and loops
-// found. The functions read through an io.ReaderAt and know nothing of image
-// formats. A structure that is not there is no error; one that is there and
-// damaged is, with its place, and is never half believed.
 package guestfs
 
 import (

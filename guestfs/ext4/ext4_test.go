@@ -48,13 +48,13 @@ func oracle(t testing.TB, path string) *blockmap.Set {
 	groups := 0
 	for line := range strings.Lines(string(imgtest.Run(t, "dumpe2fs", path))) {
 		name, value, _ := strings.Cut(line, ":")
-		switch {
-		case name == "Block size":
+		switch name {
+		case "Block size":
 			block = number(value)
 			cluster = block
-		case name == "Cluster size":
+		case "Cluster size":
 			cluster = number(value)
-		case name == "  Free blocks":
+		case "  Free blocks":
 			groups++
 			for item := range strings.SplitSeq(strings.TrimSpace(value), ", ") {
 				if item == "" {

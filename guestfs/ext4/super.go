@@ -27,39 +27,39 @@ const (
 
 // super is the superblock, with what follows from it.
 type super struct {
-	inodes, blocks               uint64
-	firstBlock                   uint64
-	logBlock, logCluster         uint32
-	perGroup, clustersPerGroup   uint64 // blocks, clusters
-	inodesPerGroup               uint64
-	state                        uint16
-	rev                          uint32
-	creator                      uint32
-	inodeSize                    uint16
-	groupNumber                  uint16
-	compat, incompat, roCompat   uint32
-	uuid                         [16]byte
-	label                        string
-	reservedGDT                  uint64
-	journalInode, journalDevice  uint32
-	descSize                     uint16
-	firstMetaBG                  uint64
-	flags                        uint32
-	mmpBlock                     uint64
-	checksumType                 uint8
-	checksumSeed                 uint32
-	snapshotInode, snapshotList  uint32
-	errorCount                   uint32
-	backupGroups                 [2]uint32
-	checksum, computed           uint32
-	blockSize                    int64  // bytes
-	ratio                        uint64 // blocks per cluster
-	groups                       uint64
-	desc                         int64 // bytes of a group descriptor
-	descPerBlock, descBlocks     uint64
-	inodeTable                   uint64 // blocks per group
-	seed                         uint32 // of all checksums of metadata_csum
-	inodesPerBlock, inodeSizeEff uint64
+	inodes, blocks              uint64
+	firstBlock                  uint64
+	logBlock, logCluster        uint32
+	perGroup, clustersPerGroup  uint64 // blocks, clusters
+	inodesPerGroup              uint64
+	state                       uint16
+	rev                         uint32
+	creator                     uint32
+	inodeSize                   uint16
+	groupNumber                 uint16
+	compat, incompat, roCompat  uint32
+	uuid                        [16]byte
+	label                       string
+	reservedGDT                 uint64
+	journalInode, journalDevice uint32
+	descSize                    uint16
+	firstMetaBG                 uint64
+	flags                       uint32
+	mmpBlock                    uint64
+	checksumType                uint8
+	checksumSeed                uint32
+	snapshotInode, snapshotList uint32
+	errorCount                  uint32
+	backupGroups                [2]uint32
+	checksum, computed          uint32
+	blockSize                   int64  // bytes
+	ratio                       uint64 // blocks per cluster
+	groups                      uint64
+	desc                        int64 // bytes of a group descriptor
+	descPerBlock, descBlocks    uint64
+	inodeTable                  uint64 // blocks per group
+	seed                        uint32 // of all checksums of metadata_csum
+	inodesPerBlock              uint64
 }
 
 // Detect reports whether head, the first 2,048 bytes or more, has the magic of

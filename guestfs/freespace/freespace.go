@@ -139,19 +139,38 @@ func (c *Collector) flush() {
 		return
 	}
 	c.ranges = append(c.ranges, o)
-	for len(c.ranges) > c.limit {
-		c.minimum *= 2
-		c.ranges = slices.DeleteFunc(c.ranges, func(r blockmap.Range) bool {
-			short := r.Len < c.minimum
-			if short {
-				c.dropped += r.Len
-			}
-			return short
-		})
-		if c.minimum > 1<<61 { // not reached: few ranges of this length fit into 2^63
-			break
-		}
+	if len(c.ranges) > c.limit {
+		c.ranges, c.minimum = Longest(c.ranges, c.limit/2, func(r blockmap.Range) { c.dropped += r.Len })
 	}
+}
+
+// Longest keeps the limit longest of the ranges, in their order, and calls
+// dropped for the others. It returns also the length of the shortest that was
+// kept. The slice is used again.
+func Longest(ranges []blockmap.Range, limit int, dropped func(blockmap.Range)) ([]blockmap.Range, int64) {
+	if limit < 1 || len(ranges) <= limit {
+		return ranges, 1
+	}
+	lengths := make([]int64, len(ranges))
+	for i, r := range ranges {
+		lengths[i] = r.Len
+	}
+	slices.Sort(lengths)
+	shortest := lengths[len(lengths)-limit]
+	longer, _ := slices.BinarySearch(lengths, shortest+1)
+	ties := limit - (len(lengths) - longer) // of the shortest length
+	kept := slices.DeleteFunc(ranges, func(r blockmap.Range) bool {
+		keep := r.Len > shortest
+		if r.Len == shortest && ties > 0 {
+			ties--
+			keep = true
+		}
+		if !keep {
+			dropped(r)
+		}
+		return !keep
+	})
+	return kept, shortest
 }
 
 // Ranges returns what was kept, in order; the collector takes no more.
