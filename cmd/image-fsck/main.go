@@ -23,6 +23,7 @@ type flags struct {
 	Force         bool     `short:"f" help:"With --undo-apply: restore although the image was changed since. A check is never skipped, so fsck(8)'s -f changes nothing."`
 	Undo          string   `placeholder:"FILE" help:"Undo file, or directory for it (default: IMAGE.undo, IMAGE.undo.1, …)."`
 	UndoApply     string   `placeholder:"FILE" help:"Take back the repair of IMAGE that wrote this undo file."`
+	Guest         bool     `help:"Check the filesystems in IMAGE with their own checkers, through a layer that is thrown away; with -y repair them into a new top layer."`
 	Dump          string   `placeholder:"FILE" help:"Write all metadata of IMAGE to a file, for --restore."`
 	DumpJSON      bool     `name:"dump-json" help:"Print where the metadata and the data of IMAGE lie, as JSON."`
 	Restore       string   `placeholder:"FILE" help:"Put back the metadata of a damaged IMAGE from a dump that fits; shows what it would do without -y."`

@@ -48,6 +48,8 @@ func (r *run) do(ctx context.Context) error {
 		return r.dump(ctx)
 	case r.Restore != "":
 		return r.restore(ctx)
+	case r.Guest:
+		return r.guest(ctx)
 	}
 	return r.fsck(ctx)
 }
@@ -66,7 +68,7 @@ func (r *run) check() error {
 		}
 	}
 	others := 0 // instead of a check
-	for _, set := range []bool{r.UndoApply != "", r.Dump != "", r.DumpJSON, r.Restore != ""} {
+	for _, set := range []bool{r.UndoApply != "", r.Dump != "", r.DumpJSON, r.Restore != "", r.Guest} {
 		if set {
 			others++
 		}
@@ -75,13 +77,15 @@ func (r *run) check() error {
 	case modes > 1:
 		return errors.New("-n, -p and -y exclude each other")
 	case others > 1:
-		return errors.New("--undo-apply, --dump, --dump-json and --restore exclude each other")
+		return errors.New("--undo-apply, --dump, --dump-json, --restore and --guest exclude each other")
 	case others > 0 && (len(r.Images) != 1 || r.Compat != ""):
-		return errors.New("--undo-apply, --dump, --dump-json and --restore want one image, and no --compat")
-	case others > 0 && r.Restore == "" && (modes > 0 || r.Undo != ""):
-		return errors.New("--undo-apply, --dump and --dump-json exclude -n, -p, -y and --undo")
-	case r.Restore != "" && (r.Preen || r.Auto):
-		return errors.New("--restore is for -n or -y")
+		return errors.New("--undo-apply, --dump, --dump-json, --restore and --guest want one image, and no --compat")
+	case others > 0 && r.Restore == "" && !r.Guest && modes > 0:
+		return errors.New("--undo-apply, --dump and --dump-json exclude -n, -p and -y")
+	case others > 0 && r.Restore == "" && r.Undo != "":
+		return errors.New("--undo is for repairs and --restore")
+	case (r.Restore != "" || r.Guest) && (r.Preen || r.Auto):
+		return errors.New("--restore and --guest are for -n or -y")
 	case r.No && r.Undo != "":
 		return errors.New("--undo is of no use with -n")
 	case r.Compat != "" && len(r.Images) != 1:
