@@ -54,6 +54,32 @@ func (c *check) classify(idx int64, e uint32) *fsck.Code {
 	return nil
 }
 
+// limits are what sound entries have in common, for a quick look.
+type limits struct {
+	count    int64  // entries below this are the disk's
+	min, max uint32 // what they may be
+	step     uint32
+	low      uint32 // bits that must be 0; only for steps that are powers of two
+}
+
+func (c *check) limits() limits {
+	l := limits{count: c.clusters(), min: c.entry(c.firstData), step: uint32(c.step)}
+	if last := min(c.eof/c.cluster-1, c.maxSlot()); last >= c.firstSlot() {
+		l.max = c.entry(last * c.cluster)
+	}
+	if l.step&(l.step-1) == 0 {
+		l.low = l.step - 1
+	} else {
+		l.max = 0 // classify decides
+	}
+	return l
+}
+
+// sound reports whether an entry is certainly good.
+func (l *limits) sound(idx int64, e uint32) bool {
+	return e-l.min <= l.max-l.min && e&l.low == 0 && l.max >= l.min && idx < l.count
+}
+
 // batEnd is the end of the area in which entries, and the padding behind them,
 // are.
 func (c *check) batEnd() int64 {
@@ -67,6 +93,7 @@ func (c *check) scan(p *part, buf []byte, visit func(run)) error {
 		return err
 	}
 	idx := (p.off - headerSize) / 4
+	l := c.limits()
 	for i := 0; i < len(b); {
 		if i+8 <= len(b) && le.Uint64(b[i:]) == 0 {
 			i += 8
@@ -77,20 +104,32 @@ func (c *check) scan(p *part, buf []byte, visit func(run)) error {
 			i += 4
 			continue
 		}
-		r := run{idx: idx + int64(i/4), entry: e}
+		r := run{idx: idx + int64(i/4), entry: e, count: 1}
+		i += 4
+		if l.sound(r.idx, e) {
+			for want := e + l.step; i < len(b) && le.Uint32(b[i:]) == want && l.sound(r.idx+r.count, want); i += 4 {
+				r.count++
+				want += l.step
+			}
+			visit(r)
+			continue
+		}
 		r.bad = c.classify(r.idx, e)
-		for want := int64(e); ; {
-			r.count++
-			i += 4
-			want += c.step
-			if i >= len(b) {
-				break
-			}
+		// Neighbours with the same problem are one finding; those whose
+		// content is saved come in portions.
+		most := int64(partSize)
+		switch r.bad {
+		case nil, codeTruncated:
+			most = 1
+		case codeUnaligned, codeBeyond:
+			most = maxLost / 4
+		}
+		for ; i < len(b) && r.count < most; i += 4 {
 			v := le.Uint32(b[i:])
-			if v == 0 || r.bad == nil && int64(v) != want || c.classify(r.idx+r.count, v) != r.bad || r.bad == codeTruncated ||
-				(r.bad == codeUnaligned || r.bad == codeBeyond) && r.count == maxLost/4 {
+			if v == 0 || c.classify(r.idx+r.count, v) != r.bad {
 				break
 			}
+			r.count++
 		}
 		visit(r)
 	}
@@ -232,7 +271,12 @@ func (c *check) fileSlots() int64 { return min(ceil(c.eof, c.cluster), c.maxSlot
 func (c *check) windowSlots() int64 { return max(c.o.Budget()*2, 4096) &^ 63 }
 
 // slot is the place of an entry among the clusters of the file.
-func (c *check) slot(e uint32) int64 { return c.host(e) / c.cluster }
+func (c *check) slot(e uint32) int64 {
+	if c.step == 1 {
+		return int64(e)
+	}
+	return int64(e) / c.step
+}
 
 // checkBAT walks the BAT: every entry, then for every window the clusters with
 // several owners, the leaks and the holes.

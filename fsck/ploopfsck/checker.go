@@ -178,6 +178,28 @@ func (c *check) keep(guest, off, n int64) (bool, error) {
 	return true, c.plan.Quarantine(fsck.Lost{Guest: guest, Host: off, Len: n})
 }
 
+// canGrow reports whether the file may become n bytes long. Without a plan
+// nothing is known against it.
+func (c *check) canGrow(n int64) bool {
+	if c.plan == nil {
+		return true
+	}
+	size, err := c.plan.Size()
+	if err != nil || size >= n {
+		return err == nil
+	}
+	if c.plan.SetSize(n) != nil {
+		return false
+	}
+	return c.plan.SetSize(size) == nil
+}
+
+// canAllocate reports whether there is room for n more clusters.
+func (c *check) canAllocate(n int64) bool {
+	end := max(c.end, c.roundUp(c.eof)) + n*c.cluster
+	return end/c.cluster-1 <= c.maxSlot() && c.canGrow(end)
+}
+
 // allocate returns the place of a new cluster at the end of the file.
 func (c *check) allocate() (int64, error) {
 	c.fixMu.Lock()

@@ -187,7 +187,7 @@ func (c *check) truncated(r run) error {
 	if len(lost) == 0 && !c.doubt {
 		level = fsck.Preen
 	}
-	if !c.convert {
+	if !c.convert && c.canGrow(host+c.cluster) {
 		f.Fix = &fsck.Fix{Text: "complete the cluster with zeros", Level: level, Loses: lost}
 	}
 	if !c.report(f) {

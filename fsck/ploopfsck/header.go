@@ -233,7 +233,7 @@ func (c *check) applyGeometry(h *header, fit fields) {
 }
 
 // maxFill is the largest BAT area that repair completes.
-const maxFill = 1 << 30
+const maxFill = 256 << 20
 
 // checkBATArea makes sure that the file is long enough for the BAT.
 func (c *check) checkBATArea() error {
@@ -243,7 +243,7 @@ func (c *check) checkBATArea() error {
 	}
 	f := fsck.Finding{Code: codeCutOff, Place: fsck.Place{Offset: c.eof, Field: "file size", Value: c.eof}, Guest: c.guest(0, c.clusters()),
 		Text: fmt.Sprintf("data would begin at %#x", c.firstData)}
-	if c.firstData-c.eof <= maxFill {
+	if c.firstData-c.eof <= maxFill && c.canGrow(c.firstData) {
 		f.Fix = &fsck.Fix{Text: "complete the BAT area with zeros", Level: fsck.Full, Loses: f.Guest}
 	}
 	if !c.report(f) {

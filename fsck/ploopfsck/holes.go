@@ -93,6 +93,13 @@ func (c *check) splitHole(at, end int64, used, free, meta *holes) {
 		has := func(s int64) bool { return c.marks.has(c.marks.used, s) || c.ext.has(s) }
 		kind := has(slot)
 		stop := slot + 1
+		if len(c.ext.slots) == 0 {
+			to := ceil(end, c.cluster)
+			gap, gapEnd := c.marks.gap(slot, to)
+			if stop = gap; !kind {
+				stop = gapEnd
+			}
+		}
 		for stop*c.cluster < end && has(stop) == kind {
 			stop++
 		}

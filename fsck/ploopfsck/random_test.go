@@ -164,7 +164,15 @@ func FuzzBytes(f *testing.F) {
 	f.Add(p.B[:300])
 	f.Fuzz(func(t *testing.T, b []byte) {
 		m := backend.NewMemBytes("image", b)
-		res, undo, _ := repair(t, checker, m, fsck.DecideAll, fsck.Options{Memory: 1 << 20})
+		undo := backend.NewMem("undo")
+		res, err := fsck.Repair(context.Background(), checker, m, fsck.RepairOptions{
+			Options: fsck.Options{Memory: 1 << 20}, Decide: fsck.DecideAll,
+			Undo:    func() (backend.File, error) { return undo, nil },
+			Execute: fsck.ExecuteOptions{Lost: memLost{}}, Plan: fsck.PlanOptions{MaxSize: 4 << 20},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
 		restored(t, m, undo, res, b)
 	})
 }

@@ -1,7 +1,6 @@
 package ploopfsck
 
 import (
-	"errors"
 	"fmt"
 	"slices"
 
@@ -151,7 +150,11 @@ func (c *check) share(slot int64, idx []int64) error {
 		}
 		fix.Loses = c.ranges(doubt)
 	}
-	if !c.convert {
+	switch {
+	case c.convert:
+	case owners > 1 && !c.canAllocate(int64(owners-1)):
+		f.Text += "; the file cannot grow, so there is no room for copies"
+	default:
 		f.Fix = fix
 	}
 	if !c.report(f) {
@@ -172,11 +175,6 @@ func (c *check) share(slot int64, idx []int64) error {
 		at, err := c.allocate()
 		if err == nil {
 			err = c.plan.Copy(at, slot*c.cluster, c.cluster)
-		}
-		if errors.Is(err, fsck.ErrNoRoom) {
-			// Stays as it is; the next check says so.
-			c.damaged.Add(1)
-			continue
 		}
 		if err != nil {
 			return err
