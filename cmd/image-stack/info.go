@@ -25,7 +25,15 @@ func (c *infoCmd) Run(ctx context.Context) error {
 	if err := c.confine(); err != nil {
 		return err
 	}
-	report, err := open.Inspect(ctx, c.Image, c.options())
+	progress, err := cli.NewProgress(c.Progress, os.Stderr)
+	if err != nil {
+		return err
+	}
+	defer progress.Clear()
+	report, err := open.Inspect(ctx, c.Image, c.options(), func(done, total int) {
+		progress.Update("layers", int64(done), int64(total))
+	})
+	progress.Clear()
 	if err != nil {
 		return err
 	}

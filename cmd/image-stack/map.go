@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 
 	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/internal/cli"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 )
@@ -33,16 +34,27 @@ func (c *mapCmd) Run(ctx context.Context) (err error) {
 	if err := c.confine(); err != nil {
 		return err
 	}
+	progress, err := cli.NewProgress(c.Progress, os.Stderr)
+	if err != nil {
+		return err
+	}
 	stack, err := open.Open(ctx, c.Image, c.options())
 	if err != nil {
 		return err
 	}
+	each := func(do func(mapExtent) error) error {
+		return eachExtent(ctx, stack, func(m mapExtent) error {
+			progress.Update("disk", m.Start+m.Length, stack.Size())
+			return do(m)
+		})
+	}
+	defer progress.Clear()
 	defer func() { err = errors.Join(err, stack.Close()) }()
 	out := bufio.NewWriterSize(os.Stdout, 64<<10)
 	if c.JSON {
-		err = mapJSON(ctx, out, stack)
+		err = mapJSON(out, each)
 	} else {
-		err = mapText(ctx, out, stack)
+		err = mapText(out, each)
 	}
 	return errors.Join(err, out.Flush())
 }
@@ -82,9 +94,9 @@ func dataFiles(s *layers.Stack) ([]string, error) {
 
 // mapJSON writes the extents as one array, an element a line, without keeping
 // them.
-func mapJSON(ctx context.Context, w io.Writer, s *layers.Stack) error {
+func mapJSON(w io.Writer, each func(func(mapExtent) error) error) error {
 	sep := "["
-	err := eachExtent(ctx, s, func(m mapExtent) error {
+	err := each(func(m mapExtent) error {
 		b, err := json.Marshal(m)
 		if err != nil {
 			return err
@@ -103,12 +115,12 @@ func mapJSON(ctx context.Context, w io.Writer, s *layers.Stack) error {
 	return errors.Join(err, err2)
 }
 
-func mapText(ctx context.Context, w io.Writer, s *layers.Stack) error {
+func mapText(w io.Writer, each func(func(mapExtent) error) error) error {
 	const row = "%-16s %-16s %-5v %-6s %-16s %s\n"
 	if _, err := fmt.Fprintf(w, row, "start", "length", "depth", "kind", "host", "file"); err != nil {
 		return err
 	}
-	return eachExtent(ctx, s, func(m mapExtent) error {
+	return each(func(m mapExtent) error {
 		host := ""
 		if m.Host != nil {
 			host = fmt.Sprintf("%#x", *m.Host)

@@ -58,7 +58,7 @@ func TestBundle(t *testing.T) {
 			if len(alone.Layers()) != 1 {
 				t.Errorf("with the format stated: %d layers", len(alone.Layers()))
 			}
-			report, err := open.Inspect(context.Background(), dir, open.Options{})
+			report, err := open.Inspect(context.Background(), dir, open.Options{}, nil)
 			if err != nil || len(report.Snapshots) != 3 {
 				t.Fatalf("%+v, %v", report, err)
 			}

@@ -86,7 +86,7 @@ func FuzzImage(f *testing.F) {
 				t.Errorf("closing: %v", err)
 			}
 		}
-		if _, err := open.Inspect(ctx, path, open.Options{}); err != nil && err.Error() == "" {
+		if _, err := open.Inspect(ctx, path, open.Options{}, nil); err != nil && err.Error() == "" {
 			t.Error("an error without words")
 		}
 		if d := time.Since(begin); d > 5*time.Second {

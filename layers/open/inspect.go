@@ -15,8 +15,9 @@ type Report struct {
 	Snapshots []layers.Snapshot `json:"snapshots,omitempty"`
 }
 
-// Inspect opens the stack at path, read-only, and describes all layers.
-func Inspect(ctx context.Context, path string, o Options) (*Report, error) {
+// Inspect opens the stack at path, read-only, and describes all layers. each,
+// unless it is nil, is called after every layer with how many are done.
+func Inspect(ctx context.Context, path string, o Options, each func(done, total int)) (*Report, error) {
 	o.Writable, o.Scratch = false, false
 	s, op, err := openStack(ctx, path, o)
 	if err != nil {
@@ -30,6 +31,9 @@ func Inspect(ctx context.Context, path string, o Options) (*Report, error) {
 			return nil, err
 		}
 		r.Layers = append(r.Layers, info)
+		if each != nil {
+			each(len(r.Layers), len(s.Layers()))
+		}
 	}
 	return r, s.Close()
 }

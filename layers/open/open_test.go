@@ -385,7 +385,7 @@ func TestInternalSnapshot(t *testing.T) {
 	if _, err := sc.WriteAt(context.Background(), []byte{1, 2, 3}, 5); err != nil {
 		t.Error(err)
 	}
-	report, err := open.Inspect(context.Background(), path, open.Options{})
+	report, err := open.Inspect(context.Background(), path, open.Options{}, nil)
 	if err != nil || len(report.Layers) != 1 || len(report.Layers[0].Snapshots) != 1 || report.Layers[0].Snapshots[0].Name != "before" {
 		t.Errorf("%+v, %v", report, err)
 	}
