@@ -59,19 +59,20 @@ type check struct {
 	blocks       blocks  // the refcount table
 	suspects     []int64 // clusters of refcount blocks that do not look like any, sorted
 
-	cells   *cells
-	first   bool  // the first window
-	grown   []ref // clusters that were allocated behind the window
-	tables  *tableList
-	counts  counters
-	cross   atomic.Int64 // cells that need the second look
-	mapLoss atomic.Bool  // an entry of the map is damaged beyond mending
-	unfixed atomic.Bool  // damage stays
-	fresh   map[int64]bool
-	kept    map[int64]bool // clusters whose owners stay in doubt
-	end     int64          // clusters of the file as the repair will have it
-	cursor  int64          // of the search for free clusters
-	leaks   bool
+	cells    *cells
+	first    bool  // the first window
+	grown    []ref // clusters that were allocated behind the window
+	tables   *tableList
+	counts   counters
+	cross    atomic.Int64 // cells that need the second look
+	mapLoss  atomic.Bool  // an entry of the map is damaged beyond mending
+	unfixed  atomic.Bool  // damage stays
+	fresh    map[int64]bool
+	kept     map[int64]bool // clusters whose owners stay in doubt
+	doubtAll bool           // there were too many of these to look at all
+	end      int64          // clusters of the file as the repair will have it
+	cursor   int64          // of the search for free clusters
+	leaks    bool
 
 	external   bool
 	data       backend.File // external data file, nil when there is none to look at

@@ -170,7 +170,7 @@ func (c *check) compareBlock(k int64, b []byte, from, to int64) {
 	used := int64(0)
 	c.diff(k, b, from, to, func(cluster int64, have, want uint64, fl uint8) {
 		used++
-		r := countRun{cluster, 1, have, want, c.fresh[cluster], c.kept[cluster]}
+		r := countRun{cluster, 1, have, want, c.fresh[cluster], c.kept[cluster] || c.doubtAll && fl&fCross != 0}
 		if n := len(runs); n > 0 {
 			l := &runs[n-1]
 			if l.first+l.n == cluster && l.have == have && l.want == want && l.quiet == r.quiet && l.doubt == r.doubt {

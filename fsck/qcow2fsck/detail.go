@@ -34,13 +34,15 @@ func (c *check) look() error {
 	}
 	var mu sync.Mutex
 	var owners []owner
-	limit := int(c.budget / 16 / ownerBytes)
+	limit := max(int(c.budget/16/ownerBytes), 4096)
 	err := c.eachTable(3, false, func(w *worker, rec *tableRec, b []byte, _ int) {
 		found := w.look(rec, b)
 		mu.Lock()
 		defer mu.Unlock()
 		if len(owners)+len(found) <= limit {
 			owners = append(owners, found...)
+		} else {
+			c.doubtAll = true
 		}
 	})
 	if err != nil {

@@ -116,6 +116,19 @@ func (c *check) snapshotAt(off, start int64) (s *snapshot, n int64, text string)
 	}
 	extra := int64(be32(s.fixed[36:]))
 	names := int64(be16(s.fixed[12:])) + int64(be16(s.fixed[14:]))
+	if extra > maxSnapExtra && !c.namesAt(s, off+snapFixed+extra) {
+		// Not the extra data is long but the field is damaged.
+		found := false
+		for _, k := range []int64{24, 16} {
+			if c.namesAt(s, off+snapFixed+k) {
+				extra, found = k, true
+				break
+			}
+		}
+		if !found {
+			return nil, 0, "its extra data is impossibly long"
+		}
+	}
 	n = (snapFixed + extra + names + 7) &^ 7
 	if off+snapFixed+extra+names > c.size || extra > maxSnapTableBytes {
 		return nil, 0, "it reaches behind the end of the file"
@@ -127,14 +140,29 @@ func (c *check) snapshotAt(off, start int64) (s *snapshot, n int64, text string)
 	return s, n, ""
 }
 
+// namesAt reports that the ID and the name of a snapshot may be at off.
+func (c *check) namesAt(s *snapshot, off int64) bool {
+	id := int(be16(s.fixed[12:]))
+	b := make([]byte, id+int(be16(s.fixed[14:])))
+	if id == 0 || c.read(b, off) < len(b) {
+		return false
+	}
+	for _, v := range b {
+		if v < 0x20 || v == 0x7f {
+			return false
+		}
+	}
+	return true
+}
+
 // judgeSnapshot judges what an entry says. keep is false when it is to be
 // dropped.
 func (c *check) judgeSnapshot(i int, off int64, s *snapshot, tables *[]l1, owner int32) (keep, mended bool) {
 	h := &c.h
 	field := func(name string) string { return fmt.Sprintf("snapshot %d (%q) %s", i, s.name(), name) }
 	if extra := be32(s.fixed[36:]); extra > maxSnapExtra {
-		if c.found(codeSnapExtra, off+36, field("extra_data_size"), extra, "more than 1024 bytes", full("keep 1024 bytes")) {
-			binary.BigEndian.PutUint32(s.fixed[36:], maxSnapExtra)
+		if c.found(codeSnapExtra, off+36, field("extra_data_size"), extra, "more than 1024 bytes", full(fmt.Sprintf("make it %d bytes", len(s.extra)))) {
+			binary.BigEndian.PutUint32(s.fixed[36:], uint32(len(s.extra)))
 			mended = true
 		}
 	}
@@ -237,9 +265,7 @@ func (c *check) writeSnapshots(list []*snapshot, old int64) {
 		return
 	}
 	if int64(len(b)) <= (old+c.cs-1)&^(c.cs-1) {
-		// A shorter table ends before the old one does.
-		pad := max(old-int64(len(b)), 0)
-		c.planned(c.plan.Write(fsck.PhaseMap, int64(h.snapOff), append(b, make([]byte, pad)...)))
+		c.planned(c.plan.Write(fsck.PhaseMap, int64(h.snapOff), b))
 		if int(h.nbSnap) != len(list) {
 			c.put32(fsck.PhaseHeader, offNbSnap, uint32(len(list)))
 		}
