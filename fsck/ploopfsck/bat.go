@@ -324,6 +324,9 @@ func (c *check) checkBAT() error {
 	if err != nil {
 		return err
 	}
+	if err := c.settleOrphans(); err != nil {
+		return err
+	}
 	for pass := 2; ; pass++ {
 		if err := c.checkWindow(); err != nil {
 			return err

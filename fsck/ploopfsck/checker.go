@@ -79,6 +79,7 @@ type check struct {
 	ext     extension
 	marks   marks
 	space   space
+	orphans []run      // single bad entries, to be decided when all are known
 	fixMu   sync.Mutex // guards what follows
 	end     int64      // where new clusters are appended, 0 before the first
 	lost    int        // quarantined so far

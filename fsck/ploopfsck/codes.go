@@ -66,6 +66,9 @@ var (
 		"Nothing: they are kept.")
 )
 
+// lostEntry is what happens to an entry that points to no cluster.
+const lostEntry = "-y lets it point to the cluster between those of its neighbours if nothing else uses that; else it is emptied (or gets a cluster of zeros if the image is known to have a parent). The guest range is named as lost."
+
 // Codes of the BAT.
 var (
 	codeUnreadable = fsck.Register("ploop.io.unreadable", fsck.Damage,
@@ -79,16 +82,16 @@ var (
 		"Convert the image with qemu-img convert -f parallels. Nothing is repaired.")
 	codeInvalid = fsck.Register("ploop.bat.invalid", fsck.Damage,
 		"An entry is 0xffffffff, which no program accepts.",
-		"-y empties it (or gives it a cluster of zeros if the image is known to have a parent). The guest range is lost.")
+		lostEntry)
 	codeUnaligned = fsck.Register("ploop.bat.unaligned", fsck.Damage,
 		"An entry of version 1 is not a multiple of the cluster size.",
-		"-y copies what it points to into lost+found and empties it (or gives it a cluster of zeros if the image is known to have a parent). The guest range is lost.")
+		lostEntry+" What an emptied entry pointed to is copied into lost+found.")
 	codeMetadata = fsck.Register("ploop.bat.into-metadata", fsck.Damage,
 		"An entry points into the header or the BAT. A write of the guest would destroy the image.",
-		"-y empties it (or gives it a cluster of zeros if the image is known to have a parent). The guest range is lost.")
+		lostEntry)
 	codePastEOF = fsck.Register("ploop.bat.past-eof", fsck.Damage,
 		"An entry points to or behind the end of the file.",
-		"-y empties it (or gives it a cluster of zeros if the image is known to have a parent). The guest range is lost; if the file was cut off, bring the rest back first.")
+		lostEntry+" If the file was cut off, bring the rest back first.")
 	codeTruncated = fsck.Register("ploop.bat.truncated-cluster", fsck.Damage,
 		"The file ends inside a cluster that is in use.",
 		"-y completes the cluster with zeros. What was cut off is lost, the rest is kept. -p does it where only bytes behind the end of the disk are missing.")
@@ -144,7 +147,7 @@ var (
 		"-y copies them into lost+found. They are given back after that.")
 	codeHole = fsck.Register("ploop.host.hole", fsck.Note,
 		"The host file has holes, or blocks that were never written, inside clusters in use. QEMU makes such files; ploop before version 8 and the old kernel driver refuse them.",
-		"-p and -y write zeros there. That takes space on the host.")
+		"-p and -y write zeros there, up to 1 GiB. More is left: it takes space on the host, and cp --sparse=never or ploop check -S can do it.")
 	codeHoleMeta = fsck.Register("ploop.host.hole-metadata", fsck.Note,
 		"The host file has holes in the header and BAT area. QEMU makes such files; ploop before version 8 refuses them.",
 		"-p and -y write zeros there.")

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/internal/imgtest/damage"
 )
@@ -175,6 +176,25 @@ func TestLostClusterIsKept(t *testing.T) {
 	}
 	if size, _ := f.Size(); size != 4*k {
 		t.Errorf("the file has %d bytes", size)
+	}
+}
+
+// TestNeighbours: one bad entry in a row of good ones gets its cluster back.
+func TestNeighbours(t *testing.T) {
+	for version := 1; version <= 2; version++ {
+		p := damage.NewPloop(version, 64<<10, 16, 2, 3, 4, 5)
+		want := p.Guest()
+		p.Put32(64+4*3, 0xfffffff1)
+		f := backend.NewMemBytes("image", p.B)
+		res, _, lost := repair(t, checker, f, fsck.DecideAll, fsck.Options{})
+		if res.Left.Worst() > fsck.Note || len(lost) > 0 {
+			show(t, "left", res.Left)
+			t.Errorf("left %v, %d in lost+found", res.Left.Worst(), len(lost))
+		}
+		if l := lostIn(res); !covers(l, blockmap.Range{Off: 3 * 64 << 10, Len: 64 << 10}) {
+			t.Errorf("the doubt is not named: %v", l)
+		}
+		sameOutside(t, guestOf(t, f), want, nil)
 	}
 }
 

@@ -17,6 +17,8 @@ func (c *check) badRuns(runs []run) error {
 			err = c.truncated(r)
 		case r.bad == codeBeyond:
 			err = c.beyond(r)
+		case r.count == 1 && c.space.single && len(c.orphans) < maxLost:
+			c.orphans = append(c.orphans, r)
 		default:
 			err = c.unusable(r)
 		}
@@ -95,6 +97,58 @@ func (c *check) unusable(r run) error {
 		return nil
 	}
 	return c.zeroEntries(r.idx, r.count)
+}
+
+// settleOrphans handles single bad entries once it is known which clusters are
+// used.
+func (c *check) settleOrphans() error {
+	for _, r := range c.orphans {
+		slot, err := c.evidence(r.idx)
+		if err == nil && slot >= 0 {
+			err = c.relink(r, slot)
+		} else if err == nil {
+			err = c.unusable(r)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// evidence returns the cluster that entry idx had, -1 when nothing tells. It
+// is told by both neighbours: their clusters follow each other with one between
+// them that nothing uses.
+func (c *check) evidence(idx int64) (int64, error) {
+	var b [12]byte
+	if idx == 0 || idx+1 >= c.clusters() || c.convert || c.blind.Load() {
+		return -1, nil
+	}
+	if err := c.read(b[:], entryOff(idx-1)); err != nil {
+		return -1, err
+	}
+	left, right := le.Uint32(b[:]), le.Uint32(b[8:])
+	if left == 0 || right == 0 || c.classify(idx-1, left) != nil || c.classify(idx+1, right) != nil {
+		return -1, nil
+	}
+	slot := c.slot(left) + 1
+	if slot+1 != c.slot(right) || c.marks.has(c.marks.used, slot) || c.ext.has(slot) {
+		return -1, nil
+	}
+	return slot, nil
+}
+
+// relink gives a bad entry the cluster that the evidence names.
+func (c *check) relink(r run, slot int64) error {
+	f := c.entryFinding(r, fmt.Sprintf("points to no cluster (byte %#x); nothing uses the one at %#x between those of its neighbours", c.host(r.entry), slot*c.cluster))
+	f.Fix = &fsck.Fix{Text: fmt.Sprintf("let it point to %#x, which is likely and not proved", slot*c.cluster), Level: fsck.Full, Loses: f.Guest}
+	c.suspect.Store(true)
+	if !c.report(f) {
+		return nil
+	}
+	c.marks.mark(slot, 1)
+	c.used++
+	return c.setEntry(r.idx, slot*c.cluster)
 }
 
 // full reports whether lost+found has no room for n more pieces in this round.

@@ -121,7 +121,9 @@ func (c *check) reportHoles() error {
 			continue
 		}
 		f := fsck.Finding{Code: hf.code, Place: fsck.Place{Offset: h.first}, Text: fmt.Sprintf("%d holes, %d bytes together", h.count, h.bytes)}
-		if hf.code != codeHoleFree {
+		// Space for more may not be there, and a repair must not fail for
+		// something that is no damage.
+		if hf.code != codeHoleFree && h.bytes <= maxQuiet {
 			f.Fix = &fsck.Fix{Text: "write zeros there", Level: fsck.Preen}
 		}
 		if !c.report(f) {

@@ -283,6 +283,11 @@ func ploopEntries() []PloopDamage {
 		}, Damaged, Clean, guestClusters(0, 5, 9),
 			"ploop.header.in-use", "ploop.bat.past-eof", "ploop.bat.duplicate", "ploop.leak.suspect"),
 	}
+	for version := 1; version <= 2; version++ {
+		three := func() *PloopImage { return NewPloop(version, ploopK, 16, 2, 3, 4) }
+		all = append(all, ploopCase([]string{"", "bat/between its neighbours v1", "bat/between its neighbours"}[version], three,
+			put32(64+4*3, 0x80000001), Damaged, Clean, guestClusters(3), "ploop.bat."+[]string{"", "unaligned", "past-eof"}[version]))
+	}
 	large := func() *PloopImage { return NewPloop(2, 32<<10, 8200, 0, 3, 8199) }
 	all = append(all,
 		ploopCase("bat/into the BAT", large, func(p *PloopImage) { p.SetEntry(3, 1) }, Damaged, Clean,

@@ -46,6 +46,8 @@ var ploopVerdicts = map[string]struct{ qemu, tool int }{
 	"bat/far behind the disk":               {0, 0},
 	"bat/behind the disk v1":                {0, 0},
 	"bat/several at once":                   {2, 11},
+	"bat/between its neighbours v1":         {2, 11},
+	"bat/between its neighbours":            {2, 11},
 	"bat/into the BAT":                      {0, 11},
 	"file/last cluster cut off":             {0, 11},
 	"file/last cluster gone":                {0, 11},
