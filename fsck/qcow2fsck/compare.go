@@ -34,18 +34,19 @@ func (c *check) blockNumbers() []int64 {
 		}
 	}
 	for _, no := range c.cells.numbers(lo / pageCells) {
-		last := int64(-1)
 		p := c.cells.page(no, false)
-		for i := range pageCells {
+		for i := 0; i < pageCells; {
 			if p.two != nil && i%4 == 0 && p.two[i/4] == 0 {
+				i += 4
 				continue
 			}
-			if k := (no*pageCells + int64(i)) / c.perBlock; k != last {
-				if n, _ := p.get(i); n > 0 {
-					ks = append(ks, k)
-					last = k
-				}
+			if n, _ := p.get(i); n == 0 {
+				i++
+				continue
 			}
+			k := (no*pageCells + int64(i)) / c.perBlock
+			ks = append(ks, k)
+			i = int(min((k+1)*c.perBlock-no*pageCells, pageCells))
 		}
 	}
 	slices.Sort(ks)
@@ -427,15 +428,16 @@ func (c *check) writeTable() {
 // alloc takes n neighbouring clusters that nothing uses: free ones inside the
 // file first, so that a full disk is no obstacle, and else new ones behind its
 // end. While the map is damaged, what nothing uses may be what it has lost;
-// then it is the other way round, and clusters that are counted stay.
+// then it is the other way round, and clusters that are counted are the last
+// resort, their content kept in lost+found.
 func (c *check) alloc(n int64, w uint32, fl uint8) (int64, bool) {
 	loss := c.mapLoss.Load()
-	inside := func() (int64, bool) {
+	inside := func(counted bool) (int64, bool) {
 		hi := min(c.cells.hi.Load(), c.end)
 		run := int64(0)
 		for at := max(c.cursor, 1); at < hi; at++ {
 			used, _ := c.cells.get(at)
-			if used != 0 || c.fresh[at] || loss && c.stored(at) != 0 {
+			if used != 0 || c.fresh[at] || !counted && c.stored(at) != 0 {
 				run = 0
 				continue
 			}
@@ -459,13 +461,19 @@ func (c *check) alloc(n int64, w uint32, fl uint8) (int64, bool) {
 	var at int64
 	ok := false
 	if !loss {
-		at, ok = inside()
+		at, ok = inside(true)
 	}
 	if !ok {
 		var err error
 		if at, ok, err = behind(); err != nil {
-			if at, ok = inside(); !ok {
-				return 0, c.planned(err)
+			if at, ok = inside(false); !ok {
+				c.cursor = c.cells.lo
+				if at, ok = inside(true); !ok {
+					return 0, c.planned(err)
+				}
+				if loss {
+					c.keepContent(at<<c.bits, n<<c.bits)
+				}
 			}
 		}
 	}
