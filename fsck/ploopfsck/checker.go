@@ -163,20 +163,43 @@ func (c *check) guest(idx, count int64) []blockmap.Range {
 	return []blockmap.Range{{Off: start, Len: min(end, c.size) - start}}
 }
 
-// keep puts n bytes of the file at off into lost+found. guest is -1 when it is
-// not known whose they are. It reports whether there was room for more.
+// keep puts n bytes of the file at off into lost+found, without its holes, of
+// which a hostile file may have more than the host has room. guest is -1 when
+// it is not known whose they are. It reports whether there was room for more
+// pieces.
 func (c *check) keep(guest, off, n int64) (bool, error) {
-	n = min(n, c.eof-off)
-	if n <= 0 {
-		return true, nil
-	}
 	c.fixMu.Lock()
 	defer c.fixMu.Unlock()
-	if c.lost >= maxLost {
-		return false, nil
+	for at, end := off, min(off+n, c.eof); at < end; {
+		data, err := c.f.SeekData(at)
+		hole := end
+		switch {
+		case errors.Is(err, io.EOF):
+			return true, nil
+		case err != nil:
+			data = at // all of it, then
+		case data < end:
+			if h, err := c.f.SeekHole(data); err == nil {
+				hole = min(max(h, data+1), end)
+			}
+		}
+		if data >= end {
+			return true, nil
+		}
+		if c.lost >= maxLost {
+			return false, nil
+		}
+		c.lost++
+		l := fsck.Lost{Guest: guest, Host: data, Len: hole - data}
+		if guest >= 0 {
+			l.Guest += data - off
+		}
+		if err := c.plan.Quarantine(l); err != nil {
+			return false, err
+		}
+		at = hole
 	}
-	c.lost++
-	return true, c.plan.Quarantine(fsck.Lost{Guest: guest, Host: off, Len: n})
+	return true, nil
 }
 
 // canGrow reports whether the file may become n bytes long. Without a plan

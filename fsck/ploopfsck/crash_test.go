@@ -77,7 +77,7 @@ func TestRepairCutShort(t *testing.T) {
 // TestNoRoom: the file cannot grow (a block device). Nothing is made worse,
 // and what could not be done is still reported.
 func TestNoRoom(t *testing.T) {
-	p := damage.NewPloop(2, 64<<10, 16, 0, 3, 4).SetEntry(9, 2)
+	p := damage.NewPloop(2, 64<<10, 16, 0, 3, 4).SetEntry(4, 2)
 	f := backend.NewMemBytes("image", p.B)
 	undo := backend.NewMem("undo")
 	res, err := fsck.Repair(context.Background(), checker, f, fsck.RepairOptions{
@@ -90,6 +90,9 @@ func TestNoRoom(t *testing.T) {
 	}
 	if res.Left == nil || !has(res.Left, "ploop.bat.duplicate") {
 		t.Error("the duplicate is not reported")
+	}
+	if len(res.Later) > 0 {
+		t.Error("repaired in vain")
 	}
 	if !bytes.Equal(f.Bytes(), p.B) {
 		t.Error("the image was changed")

@@ -63,10 +63,6 @@ type geometry struct {
 // clusters is the number of clusters of the disk.
 func (g *geometry) clusters() int64 { return ceil(g.size, g.cluster) }
 
-// slots is the number of entries that fit into the BAT area, those of the
-// padding included.
-func (g *geometry) slots() int64 { return (g.firstData - headerSize) / 4 }
-
 // host is where the cluster of an entry begins. It cannot overflow: 2^32
 // clusters of at most 2^26 bytes.
 func (g *geometry) host(entry uint32) int64 {

@@ -134,10 +134,10 @@ func (c *check) share(slot int64, idx []int64) error {
 	}
 	f := c.duplicate(idx, slot)
 	fix := &fsck.Fix{Level: fsck.Full}
-	switch {
-	case owners == 1:
+	switch owners {
+	case 1:
 		fix.Text = "leave it to the only one that the guest uses, empty the others"
-	case owners == 0:
+	case 0:
 		fix.Text = "empty all but the first; the guest uses none"
 		free[0] = false
 	default:

@@ -1,7 +1,9 @@
 package ploopfsck
 
 import (
+	"errors"
 	"fmt"
+	"io"
 
 	"github.com/imagestack/imagestack/fsck"
 )
@@ -96,21 +98,46 @@ func (c *check) suspectLeaks(end int64) error {
 	if c.space.inner > 0 {
 		f.Place.Offset = c.space.firstGap * c.cluster
 	}
-	if !c.convert && c.space.single && c.space.gaps < maxLost/2 {
+	// As long as an entry stays bad the leaks stay too, and are safe.
+	if !c.convert && (c.plan == nil || c.damaged.Load() == 0) && c.leaksHoldData(end) {
 		f.Fix = &fsck.Fix{Text: "copy them into lost+found", Level: fsck.Full}
 	}
 	if !c.report(f) {
 		return nil
 	}
+	if c.eof > end {
+		if _, err := c.keep(-1, end, c.eof-end); err != nil {
+			return err
+		}
+	}
+	if !c.space.single {
+		return nil // gaps are not touched then
+	}
+	// Of more gaps than there is room for, the undo file has the rest.
 	var err error
 	c.eachGap(c.lastUsed(), func(start, stop int64) bool {
-		_, err = c.keep(-1, start*c.cluster, (stop-start)*c.cluster)
-		return err == nil
+		var room bool
+		room, err = c.keep(-1, start*c.cluster, (stop-start)*c.cluster)
+		return room && err == nil
 	})
-	if err == nil && c.eof > end {
-		_, err = c.keep(-1, end, c.eof-end)
-	}
 	return err
+}
+
+// leaksHoldData reports whether there is anything but holes in the unused
+// clusters of the window and behind end.
+func (c *check) leaksHoldData(end int64) bool {
+	holds := func(off, n int64) bool {
+		data, err := c.f.SeekData(off)
+		return n > 0 && (err == nil && data < off+n || err != nil && !errors.Is(err, io.EOF))
+	}
+	found := holds(end, c.eof-end)
+	if c.space.single && !found {
+		c.eachGap(c.lastUsed(), func(start, stop int64) bool {
+			found = holds(start*c.cluster, (stop-start)*c.cluster)
+			return !found
+		})
+	}
+	return found
 }
 
 // freeLeaks gives the unused clusters of a sound image back.
