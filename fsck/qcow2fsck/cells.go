@@ -121,7 +121,7 @@ type cells struct {
 }
 
 func newCells(lo, fileClusters, limit int64) *cells {
-	c := &cells{lo: lo, limit: max(limit, 64<<10), far: map[int64]*cellPage{}}
+	c := &cells{lo: lo, limit: max(limit, 1<<10), far: map[int64]*cellPage{}}
 	c.hi.Store(math.MaxInt64)
 	if n := fileClusters/pageCells + 1; n <= limit/64 {
 		c.dense = make([]*cellPage, n)

@@ -158,6 +158,20 @@ func TestDamage(t *testing.T) {
 				}
 			}
 
+			// -y behind it, in little memory.
+			if d.Preen == damage.Damaged && d.Full == damage.Clean {
+				small := o
+				small.Memory = 1
+				reps := repair(t, f, small, fsck.DecideAll, nil)
+				if last := reps[len(reps)-1]; state(last) != damage.Clean {
+					t.Errorf("after -p and -y: %v\n%s", state(last), list(last))
+				} else if got, err := content(f, dir, base); err != nil {
+					t.Errorf("content after -p and -y: %v", err)
+				} else if at := differs(got, original, d.Lost); at >= 0 {
+					t.Errorf("content after -p and -y differs at %#x", at)
+				}
+			}
+
 			// -y, in one round.
 			f = damaged.Clone()
 			undo := backend.NewMem("undo")

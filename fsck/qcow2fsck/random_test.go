@@ -149,7 +149,7 @@ func TestRandomDamage(t *testing.T) {
 	if testing.Short() {
 		runs = 10
 	}
-	for _, shape := range []string{"v3", "v2", "snapshot", "mixed", "bitmaps", "extl2", "raw", "backing"} {
+	for _, shape := range []string{"v3", "v2", "snapshot", "small", "mixed", "bitmaps", "extl2", "raw", "backing"} {
 		t.Run(shape, func(t *testing.T) {
 			in := loadIntact(t, shape)
 			for run := range runs {
@@ -167,7 +167,7 @@ func TestRandomDamage(t *testing.T) {
 				}
 				o := options(in.dir)
 				o.Data = true
-				if run%3 == 0 {
+				if run%3 == 0 || shape == "small" {
 					o.Memory = 1
 				}
 				if msg := in.tryDamage(places, values, o); msg != "" {

@@ -87,6 +87,7 @@ var qcow2Shapes = map[string]qcow2Shape{
 	"zstd":   {4096, []string{"convert -c -f raw -O qcow2 -o cluster_size=4k,compression_type=zstd SRC IMG"}},
 	"snapshot": {4096, []string{"convert -f raw -O qcow2 -o cluster_size=4k SRC IMG", "snapshot -c first IMG",
 		"io write -P 6 64k 64k", "snapshot -c second IMG", "io write -P 7 5M 64k"}},
+	"small": {512, []string{"convert -f raw -O qcow2 -o cluster_size=512 SRC IMG", "snapshot -c first IMG", "io write -P 6 64k 64k"}},
 	"bitmaps": {4096, []string{"convert -f raw -O qcow2 -o cluster_size=4k SRC IMG", "bitmap --add IMG one", "bitmap --add -g 64k IMG two",
 		"io write -P 6 64k 64k"}},
 	"extl2":   {16384, []string{"create -f qcow2 -o cluster_size=16k,extended_l2=on IMG 8M", "io write -P 1 0 1M", "io write -P 2 3M 512", "io write -P 3 7M 100k"}},
