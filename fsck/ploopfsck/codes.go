@@ -67,7 +67,7 @@ var (
 )
 
 // lostEntry is what happens to an entry that points to no cluster.
-const lostEntry = "-y lets it point to the cluster between those of its neighbours if nothing else uses that; else it is emptied (or gets a cluster of zeros if the image is known to have a parent). The guest range is named as lost."
+const lostEntry = "-y lets it point to the cluster between those of its neighbours if nothing else uses that; else it is emptied, so that zeros, or what a parent has there, show (an image that is known to have a parent gets a cluster of zeros instead). The guest range is named as lost."
 
 // Codes of the BAT.
 var (

@@ -39,6 +39,9 @@ func (c *check) entryFinding(r run, text string) fsck.Finding {
 	return f
 }
 
+// emptyIt says what an empty entry does.
+const emptyIt = "empty it: zeros, or what a parent of the image has there, show instead"
+
 // unusable handles entries that point to no cluster.
 func (c *check) unusable(r run) error {
 	host := c.host(r.entry)
@@ -58,7 +61,7 @@ func (c *check) unusable(r run) error {
 	}
 	f := c.entryFinding(r, text)
 	if !c.convert {
-		fix := "empty it"
+		fix := emptyIt
 		if c.c.Parent {
 			fix = "give it a cluster of zeros"
 		}

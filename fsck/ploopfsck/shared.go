@@ -109,7 +109,7 @@ func (c *check) excess(r run, first int64) error {
 	f.Text = fmt.Sprintf("more than %d entries use the cluster, the first is BAT[%d]", maxClaims, first)
 	c.bad.Add(1)
 	if !c.convert {
-		f.Fix = &fsck.Fix{Text: "empty it", Level: fsck.Full, Loses: f.Guest}
+		f.Fix = &fsck.Fix{Text: emptyIt, Level: fsck.Full, Loses: f.Guest}
 	}
 	if !c.report(f) {
 		return nil
