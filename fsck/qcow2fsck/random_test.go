@@ -145,7 +145,7 @@ func (in *intact) tryDamage(places []int64, values []byte, o fsck.Options) (msg 
 // leaves a clean image in which only what was damaged or named has changed.
 func TestRandomDamage(t *testing.T) {
 	imgtest.Require(t, "qemu-img", "qemu-io")
-	runs := 60
+	runs := 40
 	if testing.Short() {
 		runs = 10
 	}
