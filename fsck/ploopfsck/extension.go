@@ -3,6 +3,7 @@ package ploopfsck
 import (
 	"bytes"
 	"crypto/md5"
+	"errors"
 	"fmt"
 	"math"
 	"slices"
@@ -27,9 +28,14 @@ type extension struct {
 	slots []int64 // sorted: its own cluster and those of its bitmaps
 }
 
-func (e *extension) has(slot int64) bool {
-	_, ok := slices.BinarySearch(e.slots, slot)
-	return ok
+func (e *extension) has(slot int64) bool { return e.next(slot) == slot }
+
+// next is the first of its slots at or behind slot.
+func (e *extension) next(slot int64) int64 {
+	if i, _ := slices.BinarySearch(e.slots, slot); i < len(e.slots) {
+		return e.slots[i]
+	}
+	return math.MaxInt64
 }
 
 // last is the highest slot, -1 without any.
@@ -71,11 +77,12 @@ func (c *check) checkExtension() error {
 	}
 	c.ext.at = int64(v) * sectorSize
 	p, err := c.parseExtension(c.ext.at)
+	slices.Sort(c.ext.slots)
 	if err != nil {
 		c.unreadable(c.ext.at, "format extension", err)
+		c.ext.slots = slices.Compact(c.ext.slots)
 		return nil
 	}
-	slices.Sort(c.ext.slots)
 	if p == nil {
 		for i := 1; i < len(c.ext.slots); i++ {
 			if c.ext.slots[i] == c.ext.slots[i-1] {
@@ -215,6 +222,9 @@ func (c *check) parseBitmap(off, n int64) (*extProblem, error) {
 			}
 			if v > math.MaxInt64/sectorSize || !c.extFits(int64(v)*sectorSize) {
 				return bad(bitmapHead+8*k, "l1", v, "is no place of a cluster in the file"), nil
+			}
+			if int64(len(c.ext.slots)) > max(c.o.Budget()/64, 1024) {
+				return nil, errors.New("too many dirty bitmaps for the memory allowed")
 			}
 			c.ext.slots = append(c.ext.slots, int64(v)*sectorSize/c.cluster)
 		}

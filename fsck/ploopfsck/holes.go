@@ -90,18 +90,13 @@ func (c *check) splitHole(at, end int64, used, free, meta *holes) {
 	for at < end {
 		slot := at / c.cluster
 		// As many clusters as share their fate.
-		has := func(s int64) bool { return c.marks.has(c.marks.used, s) || c.ext.has(s) }
-		kind := has(slot)
-		stop := slot + 1
-		if len(c.ext.slots) == 0 {
-			to := ceil(end, c.cluster)
-			gap, gapEnd := c.marks.gap(slot, to)
-			if stop = gap; !kind {
-				stop = gapEnd
-			}
-		}
-		for stop*c.cluster < end && has(stop) == kind {
-			stop++
+		gap, gapEnd := c.marks.gap(slot, ceil(end, c.cluster))
+		kind, stop := true, gap
+		switch next := c.ext.next(slot); {
+		case next == slot:
+			stop = slot + 1
+		case gap == slot:
+			kind, stop = false, min(gapEnd, next)
 		}
 		n := min(end, stop*c.cluster) - at
 		if kind {

@@ -42,13 +42,7 @@ func (c *check) eachGap(to int64, do func(start, end int64) bool) {
 		at = end
 		for start < end {
 			// The extension is not in the bits.
-			stop := end
-			for s := start; s < end && len(c.ext.slots) > 0; s++ {
-				if c.ext.has(s) {
-					stop = s
-					break
-				}
-			}
+			stop := min(end, c.ext.next(start))
 			if stop > start && !do(start, stop) {
 				return
 			}
