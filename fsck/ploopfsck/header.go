@@ -263,7 +263,7 @@ func (c *check) checkFlags() error {
 	if c.convert {
 		f := fsck.Finding{Code: codeConverting, Place: fsck.Place{Offset: offFlags, Field: "m_Flags", Value: h.u32(offFlags)},
 			Text: "entries are in either form; the BAT is saved in the file of this name with .idx added"}
-		if clean && c.bad.Load() == 0 && c.used > 0 {
+		if clean && c.bad.Load() == 0 {
 			f.Text = fmt.Sprintf("every entry is valid in the form of version %d", c.version)
 			f.Fix = &fsck.Fix{Text: "clear the flag", Level: fsck.Full}
 		}
