@@ -1,0 +1,345 @@
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"io/fs"
+	"maps"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/imgtest/hostile"
+)
+
+// What a hostile image may cost: memory, processor time, and (generously, for
+// busy machines) time.
+const (
+	hostileRSS  = 256 << 20
+	hostileCPU  = 5 * time.Second
+	hostileWall = 60 * time.Second
+)
+
+// Every tool on every hostile image: the documented exit code, one message,
+// nothing written, nothing read that is nobody's business, bounded memory and
+// time.
+func TestHostile(t *testing.T) {
+	imgtest.RequireFuse(t)
+	var images, runs atomic.Int64
+	t.Run("images", func(t *testing.T) {
+		for _, c := range hostile.Cases() {
+			t.Run(c.Name, func(t *testing.T) {
+				t.Parallel()
+				dirs, err := c.Prepare(t.TempDir())
+				if err != nil {
+					t.Fatal(err)
+				}
+				images.Add(1)
+				for _, tool := range hostile.Tools() {
+					if tool == hostile.Fsck && c.NoFsck {
+						continue
+					}
+					if tool == hostile.Partitions && c.Class != hostile.Disk {
+						continue // the same as without, but for tables of partitions
+					}
+					runs.Add(1)
+					(&hostileRun{T: t, c: c, dirs: dirs, tool: tool}).run()
+				}
+			})
+		}
+	})
+	t.Logf("%d hostile images, %d runs", images.Load(), runs.Load())
+}
+
+type hostileRun struct {
+	*testing.T
+	c    hostile.Case
+	dirs hostile.Dirs
+	tool hostile.Tool
+}
+
+func (r *hostileRun) errorf(format string, args ...any) {
+	r.Helper()
+	r.Errorf("%s: %s", r.tool, fmt.Sprintf(format, args...))
+}
+
+func (r *hostileRun) run() {
+	before, outside := r.state(r.dirs.In), r.state(r.dirs.Outside)
+	words := strings.Fields(string(r.tool))
+	args := append(words[1:], r.c.Args...)
+	if r.tool == hostile.Fsck {
+		args = words[1:]
+	}
+	args = append(args, filepath.Join(r.dirs.In, r.c.Image))
+	mounts := words[0] == "mount-image"
+	dir := ""
+	if mounts {
+		dir = r.TempDir()
+		args = append(args, dir)
+	}
+	exit, stdout, stderr := r.start(words[0], args...)
+	served := false
+	if mounts && exit == 0 {
+		served = true
+		r.read(dir)
+		if code, _, e := r.start("mount-image", "-u", dir); code != 0 {
+			r.errorf("-u: exit %d\n%s", code, e)
+			_, _, _ = r.start("mount-image", "-u", "--force", dir)
+		}
+	}
+	if want, any := r.c.Want(r.tool); !any && exit != want {
+		r.errorf("exit %d, want %d\n%s", exit, want, clip(stderr))
+	} else if any && exit&^(4|8) != 0 {
+		r.errorf("exit %d\n%s", exit, clip(stderr))
+	}
+	r.message(words[0], exit, stdout, stderr)
+	if r.state(r.dirs.Outside) != outside {
+		r.errorf("something was written outside the directory of the image")
+	}
+	after := r.state(r.dirs.In)
+	if r.tool == hostile.Write && served {
+		return // its right
+	}
+	if r.tool == hostile.Write {
+		// The lock of a bundle stays, as ploop's does.
+		after = withoutLock(after)
+		before = withoutLock(before)
+	}
+	if after != before {
+		r.errorf("the directory was changed:\n%s\nto\n%s", clip(before), clip(after))
+	}
+}
+
+func withoutLock(state string) string {
+	return regexp.MustCompile(`(?m)^DiskDescriptor\.xml\.lck .*\n`).ReplaceAllString(state, "")
+}
+
+// message checks what was said.
+func (r *hostileRun) message(program string, exit int, stdout, stderr string) {
+	for _, bad := range []string{"panic", "goroutine ", "runtime error", hostile.SecretText} {
+		if strings.Contains(stdout+stderr, bad) {
+			r.errorf("it says %q:\n%s%s", bad, clip(stdout), clip(stderr))
+		}
+	}
+	for _, c := range stdout + stderr {
+		if c < ' ' && c != '\n' && c != '\t' && c != '\r' || c == 0x7f {
+			r.errorf("a control character is printed: %q", clip(stdout+stderr))
+			break
+		}
+	}
+	if exit == 0 || r.tool == hostile.Fsck {
+		return
+	}
+	lines := strings.Split(strings.TrimSuffix(stderr, "\n"), "\n")
+	if len(lines) > 2 || len(stderr) > 4096 {
+		r.errorf("more than a message and a hint:\n%s", clip(stderr))
+	}
+	for _, l := range lines {
+		if !strings.HasPrefix(l, program+": ") {
+			r.errorf("a line without the tool's name: %q", l)
+		}
+	}
+	for _, w := range r.c.Words {
+		if !strings.Contains(stderr, w) {
+			r.errorf("%q is not said:\n%s", w, clip(stderr))
+		}
+	}
+}
+
+// start runs a program within the limits.
+func (r *hostileRun) start(program string, args ...string) (exit int, stdout, stderr string) {
+	ctx, cancel := context.WithTimeout(context.Background(), hostileWall)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, filepath.Join(binDir, program), args...)
+	var out, errOut bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &limited{w: &out}, &limited{w: &errOut}
+	cmd.WaitDelay = 5 * time.Second
+	_ = cmd.Run()
+	if ctx.Err() != nil || cmd.ProcessState == nil {
+		r.errorf("%q: still running after %v", args, hostileWall)
+		return -1, "", ""
+	}
+	usage := cmd.ProcessState.SysUsage().(*syscall.Rusage)
+	if cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(); cpu > hostileCPU && !raceEnabled {
+		r.errorf("%q: %v of processor time", args, cpu)
+	}
+	r.memory(usage.Maxrss << 10)
+	return cmd.ProcessState.ExitCode(), out.String(), errOut.String()
+}
+
+func (r *hostileRun) memory(rss int64) {
+	if rss > hostileRSS && !raceEnabled {
+		r.errorf("%d MiB of memory", rss>>20)
+	}
+}
+
+// limited keeps the first MiB.
+type limited struct{ w *bytes.Buffer }
+
+func (l *limited) Write(p []byte) (int, error) {
+	if room := 1<<20 - l.w.Len(); room > 0 {
+		l.w.Write(p[:min(len(p), room)])
+	}
+	return len(p), nil
+}
+
+// read looks at the disk of a mount: errors are fine, hanging and secrets are
+// not. It also asks what the server has cost.
+func (r *hostileRun) read(dir string) {
+	buf := make([]byte, 8)
+	n, err := syscall.Getxattr(dir, "user.imagestack.pid", buf)
+	if err != nil {
+		r.errorf("no server: %v", err)
+		return
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		r.errorf("%v", err)
+	}
+	for _, e := range entries {
+		f, err := os.Open(filepath.Join(dir, e.Name()))
+		if err != nil {
+			r.errorf("%v", err)
+			continue
+		}
+		if st, err := f.Stat(); err == nil {
+			for _, off := range []int64{0, st.Size() / 2, st.Size() - 64<<10} {
+				p := make([]byte, 64<<10)
+				got, _ := f.ReadAt(p, max(off, 0))
+				if bytes.Contains(p[:got], []byte(hostile.SecretText)) {
+					r.errorf("%s holds the secret", e.Name())
+				}
+			}
+		}
+		_ = f.Close()
+	}
+	status, err := os.ReadFile(filepath.Join("/proc", string(buf[:n]), "status"))
+	if err != nil {
+		r.errorf("the server has gone: %v", err)
+		return
+	}
+	if m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status); m != nil {
+		kib, _ := strconv.ParseInt(string(m[1]), 10, 64)
+		r.memory(kib << 10)
+	}
+}
+
+// state describes everything under dir, contents by their first MiB (the time
+// of the last change says the rest).
+func (r *hostileRun) state(dir string) string {
+	var b strings.Builder
+	err := filepath.WalkDir(dir, func(path string, e fs.DirEntry, err error) error {
+		if err != nil || path == dir {
+			return err
+		}
+		st, err := e.Info()
+		if err != nil {
+			return err
+		}
+		rel, _ := filepath.Rel(dir, path)
+		fmt.Fprintf(&b, "%s %v %d %v", rel, st.Mode(), st.Size(), st.ModTime().UnixNano())
+		if st.Mode().IsRegular() {
+			f, err := os.Open(path)
+			if err != nil {
+				return err
+			}
+			h := sha256.New()
+			_, err = io.CopyN(h, f, 1<<20)
+			_ = f.Close()
+			if err != nil && err != io.EOF {
+				return err
+			}
+			fmt.Fprintf(&b, " %x", h.Sum(nil)[:8])
+		}
+		b.WriteByte('\n')
+		return nil
+	})
+	if err != nil {
+		r.Fatal(err)
+	}
+	return b.String()
+}
+
+func clip(s string) string {
+	if len(s) > 2000 {
+		return s[:2000] + "..."
+	}
+	return s
+}
+
+// Every file that is opened, as the kernel saw it, with the sandbox off: only
+// the policy of the tools themselves stands between the image and the files.
+func TestHostileOpens(t *testing.T) {
+	imgtest.Require(t, "strace")
+	sound := t.TempDir()
+	if err := os.WriteFile(filepath.Join(sound, "a"), make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	usual, _ := traced(t, sound, "a")
+	if len(usual) == 0 {
+		t.Fatal("nothing was traced")
+	}
+	for _, c := range hostile.Cases() {
+		if c.Class != hostile.Path && c.Class != hostile.Chain || strings.Contains(c.Name, "1200") {
+			continue
+		}
+		t.Run(c.Name, func(t *testing.T) {
+			t.Parallel()
+			dirs, err := c.Prepare(t.TempDir())
+			if err != nil {
+				t.Fatal(err)
+			}
+			opened, calls := traced(t, dirs.In, c.Image)
+			for _, path := range slices.Sorted(maps.Keys(opened)) {
+				// Outside of the image's directory only what is opened for
+				// any image, and the special file that the user named itself.
+				if !usual[path] && !inside(path, dirs.In) && c.Name != "a character device" {
+					t.Errorf("%s was opened", path)
+				}
+			}
+			if calls != "" {
+				t.Errorf("connections or programs: %s", calls)
+			}
+		})
+	}
+}
+
+// traced runs image-stack info and returns the files that were opened, and
+// the calls that have to do with connections and programs.
+func traced(t *testing.T, dir, image string) (opened map[string]bool, calls string) {
+	t.Helper()
+	log := filepath.Join(t.TempDir(), "trace")
+	cmd := exec.Command("strace", "-f", "-qq", "-y", "-o", log, "-e", "trace=open,openat,openat2,creat,socket,connect,execve",
+		filepath.Join(binDir, "image-stack"), "info", "--sandbox=off", filepath.Join(dir, image))
+	_ = cmd.Run() // most images are refused
+	text, err := os.ReadFile(log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	opened = map[string]bool{}
+	result := regexp.MustCompile(`= \d+<([^>]*)>`)
+	process := regexp.MustCompile(`^/proc/\d+/`)
+	for i, line := range strings.Split(string(text), "\n") {
+		switch {
+		case strings.Contains(line, "socket("), strings.Contains(line, "connect("), strings.Contains(line, "execve(") && i > 0:
+			calls += line + "\n"
+		default:
+			if m := result.FindStringSubmatch(line); m != nil {
+				opened[process.ReplaceAllString(m[1], "/proc/self/")] = true
+			}
+		}
+	}
+	return opened, calls
+}
