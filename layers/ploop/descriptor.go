@@ -15,6 +15,7 @@ import (
 
 	"github.com/beevik/etree"
 	"github.com/google/uuid"
+	"golang.org/x/sys/unix"
 
 	"github.com/imagestack/imagestack/layers"
 )
@@ -73,13 +74,19 @@ type ImageRef struct {
 	Format string
 }
 
-// ReadDescriptor reads and parses the descriptor at name.
+// ReadDescriptor reads and parses the descriptor at name, which has to be a
+// regular file: a FIFO must not make us wait.
 func ReadDescriptor(name string) (*Descriptor, error) {
-	f, err := os.Open(name)
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = f.Close() }() // opened for reading
+	if st, err := f.Stat(); err != nil {
+		return nil, err
+	} else if !st.Mode().IsRegular() {
+		return nil, &layers.ImageError{Path: name, Layer: -1, Offset: -1, Err: fmt.Errorf("%w: not a regular file", layers.ErrFormat)}
+	}
 	b, err := io.ReadAll(io.LimitReader(f, maxDescriptor+1))
 	if err != nil {
 		return nil, err

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/imagestack/imagestack/layers"
 )
 
@@ -272,5 +274,16 @@ func TestDescriptorAndImages(t *testing.T) {
 		if (err == nil) != (c.says == "") || err != nil && (!errors.Is(err, layers.ErrCorrupt) || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), chain[c.layer].File)) {
 			t.Errorf("layer %d size %d cluster %d: %v", c.layer, c.size, c.cluster, err)
 		}
+	}
+}
+
+// Whoever opened a FIFO to read would wait for a writer.
+func TestDescriptorIsNoFifo(t *testing.T) {
+	name := filepath.Join(t.TempDir(), DescriptorName)
+	if err := unix.Mkfifo(name, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := ReadDescriptor(name); !errors.Is(err, layers.ErrFormat) {
+		t.Errorf("%v", err)
 	}
 }
