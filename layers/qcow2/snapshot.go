@@ -55,6 +55,9 @@ type snapshotEntry struct {
 // each other and may be kept.
 func (img *Image) eachSnapshot(ctx context.Context, h *Header, do func(*snapshotEntry) error) (int64, error) {
 	start := int64(h.SnapshotsOffset)
+	if h.NbSnapshots > 0 && start == 0 {
+		return 0, img.corrupt(offSnapshotsOffset, "snapshots_offset", h.SnapshotsOffset, "the snapshot table would be the header")
+	}
 	off := start
 	r := bufio.NewReaderSize(io.NewSectionReader(img.f, start, math.MaxInt64-start), 16<<10)
 	for i := range h.NbSnapshots {
