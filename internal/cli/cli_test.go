@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unicode/utf8"
 
 	"github.com/alecthomas/kong"
 	"golang.org/x/sys/unix"
@@ -121,5 +122,13 @@ func TestPrintJSON(t *testing.T) {
 	var b strings.Builder
 	if err := PrintJSON(&b, map[string]any{"a": "<&>"}); err != nil || b.String() != "{\n  \"a\": \"<&>\"\n}\n" {
 		t.Errorf("%q %v", b.String(), err)
+	}
+}
+
+// A name in an image may be as long as it likes.
+func TestLongMessage(t *testing.T) {
+	m := Message("tool", fmt.Errorf("%s: the reason", strings.Repeat("ä", 100_000)))
+	if len(m) > maxLine+20 || !strings.HasPrefix(m, "tool: ä") || !strings.HasSuffix(m, ": the reason\n") || !utf8.ValidString(m) {
+		t.Errorf("%d bytes: %.50s", len(m), m)
 	}
 }

@@ -91,12 +91,23 @@ func Message(tool string, err error) string {
 	var b strings.Builder
 	// Joined errors are lines of their own.
 	for line := range strings.Lines(err.Error()) {
-		fmt.Fprintf(&b, "%s: %s\n", tool, strings.TrimRight(line, "\n"))
+		fmt.Fprintf(&b, "%s: %s\n", tool, clip(strings.TrimRight(line, "\n")))
 	}
 	if hint := hintFor(tool, err); hint != "" {
 		fmt.Fprintf(&b, "%s: %s\n", tool, hint)
 	}
 	return b.String()
+}
+
+// maxLine bounds a line of a message, bytes: names in an image may be long.
+const maxLine = 2000
+
+// clip shortens a long line in its middle; the reason stands at its end.
+func clip(line string) string {
+	if len(line) <= maxLine {
+		return line
+	}
+	return strings.ToValidUTF8(line[:maxLine/2], "") + " … " + strings.ToValidUTF8(line[len(line)-maxLine/2:], "")
 }
 
 func hintFor(tool string, err error) string {
