@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"path/filepath"
 
@@ -64,7 +65,14 @@ func eachExtent(ctx context.Context, s *layers.Stack, do func(mapExtent) error) 
 	if err != nil || s.Size() == 0 {
 		return err
 	}
+	b, err := newBudgets(s)
+	if err != nil {
+		return err
+	}
 	for e, err := range blockmap.All(ctx, s, 0, s.Size()) {
+		if err == nil {
+			err = b.spend(e)
+		}
 		if err != nil {
 			return err
 		}
@@ -78,6 +86,52 @@ func eachExtent(ctx context.Context, s *layers.Stack, do func(mapExtent) error) 
 		}
 	}
 	return nil
+}
+
+// budgets bound what a map can list by the sizes of the files: tables that
+// share their entries can make a small file fill a disk of petabytes, whose
+// map would not end.
+type budgets []struct {
+	path  string
+	left  int64 // bytes that may still be mapped to the file
+	holds int64 // bytes that it has
+}
+
+func newBudgets(s *layers.Stack) (budgets, error) {
+	b := make(budgets, len(s.Layers()))
+	for i, l := range s.Layers() {
+		size, err := l.Data().Size()
+		if err != nil {
+			return nil, err
+		}
+		// The last cluster may reach behind the end of the file.
+		b[i].path, b[i].holds = l.Data().Name(), size
+		b[i].left = min(size, math.MaxInt64/maxShare-l.Granule())*maxShare + l.Granule()
+	}
+	return b, nil
+}
+
+// maxShare is how often, on average, a file may be mapped. Images of the known
+// tools use every place once.
+const maxShare = 16
+
+// leastPacked is less than what the smallest compressed cluster takes, bytes.
+const leastPacked = 4
+
+func (b budgets) spend(e blockmap.Extent) error {
+	if !e.Stored() {
+		return nil
+	}
+	n := e.Len
+	if e.Kind == blockmap.Packed {
+		n = leastPacked
+	}
+	l := &b[e.Layer]
+	if l.left -= n; l.left >= 0 {
+		return nil
+	}
+	return &layers.ImageError{Path: l.path, Layer: int(e.Layer), Offset: e.Host, Field: "map", Value: fmt.Sprintf("guest offset %#x", e.Guest),
+		Err: fmt.Errorf("%w: far more is mapped than the %d bytes of the file: its places are used again and again", layers.ErrCorrupt, l.holds)}
 }
 
 // dataFiles are the absolute paths of the files that hold the layers' data.
