@@ -1,8 +1,10 @@
 package qcow2fsck
 
 import (
+	"cmp"
 	"encoding/binary"
 	"fmt"
+	"slices"
 
 	"github.com/imagestack/imagestack/fsck"
 )
@@ -19,8 +21,7 @@ const (
 	bitmapFlags         = 7
 )
 
-// bitmaps judges the bitmaps, claims their directory and tables, and counts
-// their clusters as grown ones: they are few.
+// bitmaps judges the bitmaps and claims their directory, tables and clusters.
 func (c *check) bitmaps() {
 	h := &c.h
 	e := h.extension(extBitmaps)
@@ -39,9 +40,10 @@ func (c *check) bitmaps() {
 	}
 	place, text := c.bitmapDirectory(e)
 	if text == "" {
+		c.bitmapClusters()
 		return
 	}
-	c.claims = c.claimsBefore
+	c.claims, c.bmRefs = c.claimsBefore, nil
 	if c.found(codeBmDir, place, "bitmap directory", nil, text, full("drop all bitmaps")) {
 		c.dropExtension(extBitmaps)
 		h.autoclear &^= autoclearBitmaps
@@ -123,36 +125,78 @@ func (c *check) bitmapNeed(granularity uint8) uint64 {
 	return (bytes + uint64(c.cs) - 1) >> c.bits
 }
 
-// bitmapTable judges the entries of one table. dir is the place of its
-// directory entry.
+// bmRef is an entry of a bitmap's table that names a cluster.
+type bmRef struct {
+	cluster int64
+	at, dir int64 // of the entry, and of the bitmap's directory entry
+	entry   uint64
+	flags   uint32
+}
+
+// maxBmRefs bounds the clusters of all bitmaps together: 2 GiB of bits with the
+// smallest clusters.
+const maxBmRefs = 4 << 20
+
+// bitmapTable judges the entries of one table by themselves and collects those
+// that name a cluster. dir is the place of its directory entry.
 func (c *check) bitmapTable(dir, off, n int64, flags uint32) {
-	b := make([]byte, n*8)
-	c.read(b, off)
-	for i := range n {
-		e := be64(b[8*i:])
-		host := e & entryOffset
-		text := ""
-		switch {
-		case e&^(entryOffset|1) != 0 || host != 0 && e&1 != 0:
-			text = "reserved bits are set"
-		case host == 0:
-			continue
-		case host&uint64(c.cs-1) != 0:
-			text = "the cluster is not on a cluster boundary"
-		case !c.aligned(host, 1):
-			text = "the cluster lies behind the end of the file"
-		default:
-			if what := c.claims.at(int64(host>>c.bits), 1); what != nil {
-				text = "the cluster lies in " + what.what
+	buf := make([]byte, min(n*8, 64<<10))
+	for pos := int64(0); pos < n*8 && c.failed() == nil; {
+		b := buf[:min(int64(len(buf)), n*8-pos)]
+		c.read(b, off+pos)
+		for i := 0; i < len(b); i += 8 {
+			r := bmRef{at: off + pos + int64(i), dir: dir, entry: be64(b[i:]), flags: flags}
+			host := r.entry & entryOffset
+			r.cluster = int64(host >> c.bits)
+			switch {
+			case r.entry&^(entryOffset|1) != 0 || host != 0 && r.entry&1 != 0:
+				c.badBitmapEntry(&r, "reserved bits are set")
+			case host == 0:
+			case host&uint64(c.cs-1) != 0:
+				c.badBitmapEntry(&r, "the cluster is not on a cluster boundary")
+			case !c.aligned(host, 1):
+				c.badBitmapEntry(&r, "the cluster lies behind the end of the file")
+			case len(c.bmRefs) >= maxBmRefs:
+				c.badBitmapEntry(&r, "the bitmaps have too many clusters")
+			default:
+				c.bmRefs = append(c.bmRefs, r)
 			}
 		}
-		if text == "" {
-			c.claim(host, uint64(c.cs), "a bitmap")
-			continue
+		pos += int64(len(b))
+	}
+}
+
+// bitmapClusters claims what the bitmaps' tables name.
+func (c *check) bitmapClusters() {
+	slices.SortFunc(c.bmRefs, func(a, b bmRef) int { return cmp.Or(cmp.Compare(a.cluster, b.cluster), cmp.Compare(a.at, b.at)) })
+	last := int64(-1)
+	var claimed []claim
+	for i := range c.bmRefs {
+		r := &c.bmRefs[i]
+		what := c.claims.at(r.cluster, 1)
+		switch {
+		case what != nil:
+			c.badBitmapEntry(r, "the cluster lies in "+what.what)
+		case r.cluster == last:
+			c.badBitmapEntry(r, "another entry names the cluster")
+		default:
+			last = r.cluster
+			if n := len(claimed); n > 0 && claimed[n-1].first+claimed[n-1].n == last {
+				claimed[n-1].n++
+			} else {
+				claimed = append(claimed, claim{last, 1, "a bitmap"})
+			}
 		}
-		if c.found(codeBmEntry, off+8*i, "bitmap table entry", e, text, full("clear it and mark the bitmap as inconsistent")) {
-			c.put64(fsck.PhaseMap, off+8*i, 0)
-			c.planned(c.plan.Write(fsck.PhaseMap, dir+12, binary.BigEndian.AppendUint32(nil, flags|bitmapInUse)))
-		}
+	}
+	c.bmRefs = nil
+	c.claims.list = append(c.claims.list, claimed...)
+	slices.SortFunc(c.claims.list, func(a, b claim) int { return cmp.Compare(a.first, b.first) })
+}
+
+// badBitmapEntry reports an entry that cannot be.
+func (c *check) badBitmapEntry(r *bmRef, text string) {
+	if c.found(codeBmEntry, r.at, "bitmap table entry", r.entry, text, full("clear it and mark the bitmap as inconsistent")) {
+		c.put64(fsck.PhaseMap, r.at, 0)
+		c.planned(c.plan.Write(fsck.PhaseMap, r.dir+12, binary.BigEndian.AppendUint32(nil, r.flags|bitmapInUse)))
 	}
 }

@@ -53,7 +53,8 @@ type check struct {
 	h header
 	geometry
 
-	claims       claims  // what the header names, directly or through snapshots and bitmaps
+	claims       claims // what the header names, directly or through snapshots and bitmaps
+	bmRefs       []bmRef
 	claimsBefore claims  // without bitmaps
 	l1s          []l1    // tables to walk, the active one first
 	blocks       blocks  // the refcount table
@@ -184,22 +185,32 @@ func (c *check) read(b []byte, off int64) int {
 		return 0
 	}
 	n, err := c.r.ReadAt(b, off)
-	if n < len(b) {
+	have := int(min(int64(len(b)), c.size-off))
+	if n == len(b) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		clear(b[n:])
-		if err != nil && !errors.Is(err, io.EOF) && !errors.Is(err, io.ErrUnexpectedEOF) {
-			c.failMu.Lock()
-			seen := c.errorsSeen.Contains(off, int64(len(b)))
-			c.errorsSeen.Add(off, int64(len(b)))
-			c.failMu.Unlock()
-			if !seen {
-				c.errors.Add(1)
-				c.found(codeUnreadable, off, "", nil, err.Error(), nil)
-				c.mapLoss.Store(true)
-			}
-		}
+		return have
 	}
-	return n
+	if len(b) > smallRead { // as little as possible shall be missing
+		for at := 0; at < len(b); at += smallRead {
+			c.read(b[at:min(at+smallRead, len(b))], off+int64(at))
+		}
+		return have
+	}
+	clear(b)
+	c.failMu.Lock()
+	seen := c.errorsSeen.Contains(off, int64(len(b)))
+	c.errorsSeen.Add(off, int64(len(b)))
+	c.failMu.Unlock()
+	c.mapLoss.Store(true)
+	if !seen {
+		c.errors.Add(1)
+		c.found(codeUnreadable, off, "", nil, fmt.Sprint(err), nil)
+	}
+	return have
 }
+
+// smallRead is the unit in which places that cannot be read are looked for.
+const smallRead = 4096
 
 func (c *check) put64(ph fsck.Phase, off int64, v uint64) bool {
 	return c.planned(c.plan.Write(ph, off, binary.BigEndian.AppendUint64(nil, v)))

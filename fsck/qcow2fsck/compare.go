@@ -247,6 +247,11 @@ func (c *check) wrongCount(k int64, r *countRun) bool {
 			f.Fix.Text = "keep the content in lost+found and free it"
 		}
 	}
+	if r.want < r.have && c.errors.Load() > 0 {
+		// A part of the map could not be read: who knows what it refers to.
+		f.Fix = nil
+		c.unfixed.Store(true)
+	}
 	wanted := c.report(f)
 	if !wanted {
 		c.leaks = true
@@ -437,7 +442,7 @@ func (c *check) alloc(n int64, w uint32, fl uint8) (int64, bool) {
 		run := int64(0)
 		for at := max(c.cursor, 1); at < hi; at++ {
 			used, _ := c.cells.get(at)
-			if used != 0 || c.fresh[at] || !counted && c.stored(at) != 0 {
+			if used != 0 || c.fresh[at] || c.errors.Load() > 0 || !counted && c.stored(at) != 0 {
 				run = 0
 				continue
 			}
