@@ -240,9 +240,15 @@ func (r *runner) image(ctx context.Context, i int, group []int, checked map[file
 		return
 	}
 	changed := false
+	guest := r.evidence(ctx, s, res, h)
 	for j := range res.Files {
 		f := &res.Files[j]
-		f.Err = r.file(ctx, f, h, j)
+		var free func(off, n int64) bool
+		// What the current state does not use an older one may.
+		if len(s.trace.Images) > 0 && f.Own && sameFile(f.Path, s.trace.Images[0].Path) {
+			free = guest
+		}
+		f.Err = r.file(ctx, f, h, j, free)
 		changed = changed || f.Result != nil && f.Changed
 	}
 	if r.o.Single || ctx.Err() != nil {
@@ -281,13 +287,13 @@ func (r *runner) ownElsewhere(k fileKey, i int, group []int) bool {
 }
 
 // file checks, and repairs, one file.
-func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int) (err error) {
+func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free func(off, n int64) bool) (err error) {
 	c, err := CheckerFor(f.Format)
 	if err != nil {
 		return err
 	}
 	o := RepairOptions{
-		Options: Options{Memory: r.memory, Data: r.o.Data},
+		Options: Options{Memory: r.memory, Data: r.o.Data, GuestFree: free},
 		Details: r.o.Details,
 		Plan:    PlanOptions{Memory: r.memory / 4},
 		Execute: ExecuteOptions{Name: filepath.Base(f.Path)},
