@@ -19,9 +19,9 @@ import (
 // DiskDescriptor.xml beside it names it. It returns the descriptor's path and
 // the image's GUID there, or "" when the image stands alone. Without its
 // parents a delta would read as zeros where it has to show them.
-func bundleOf(path string) (xml, guid string, err error) {
+func (op *opener) bundleOf(path string) (xml, guid string, err error) {
 	xml = filepath.Join(filepath.Dir(path), ploop.DescriptorName)
-	d, err := readDescriptor(xml)
+	d, err := op.readDescriptor(xml)
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", "", nil
 	}
@@ -32,11 +32,25 @@ func bundleOf(path string) (xml, guid string, err error) {
 	return xml, guid, err
 }
 
-// readDescriptor reads a descriptor that has to be a regular file.
-func readDescriptor(xml string) (*ploop.Descriptor, error) {
+// readDescriptor reads a descriptor, which has to be a regular file. One that
+// the user did not name may not be a link out of the allowed directories.
+func (op *opener) readDescriptor(xml string) (*ploop.Descriptor, error) {
 	st, err := os.Stat(xml)
 	if err != nil {
 		return nil, err
+	}
+	if xml != op.named {
+		real, err := filepath.EvalSymlinks(xml)
+		if err == nil {
+			real, err = filepath.Abs(real)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if !op.policy.covers(real) {
+			return nil, &layers.ImageError{Path: xml, Layer: -1, Offset: -1,
+				Err: fmt.Errorf("%w: a link to outside the directory of the image; --allow-path DIR permits it", layers.ErrPolicy)}
+		}
 	}
 	if !st.Mode().IsRegular() {
 		return nil, &layers.ImageError{Path: xml, Layer: 0, Offset: -1, Err: fmt.Errorf("%w: not a regular file", layers.ErrFormat)}
@@ -73,7 +87,7 @@ func (op *opener) openBundle(xml, snapshot, named string) error {
 	if lock != nil {
 		op.closers = append(op.closers, lock)
 	}
-	d, err := readDescriptor(xml)
+	d, err := op.readDescriptor(xml)
 	if err != nil {
 		return err
 	}

@@ -139,6 +139,22 @@ func TestHostileBundle(t *testing.T) {
 		return `<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa"><!ENTITY b "&a;&a;&a;&a;">]>` + s
 	}), open.Options{}, layers.ErrFormat)
 	refuses(t, fresh(func(s string) string { return strings.Repeat("<a>", 1<<18) + s }), open.Options{}, layers.ErrFormat)
+	// A descriptor that leads out: only who names it means it.
+	away, link := fresh(func(s string) string { return s }), t.TempDir()
+	for _, name := range []string{ploop.DescriptorName, ploop.RootName} {
+		b := mustRead(t, filepath.Join(away, name))
+		if name == ploop.RootName {
+			if err := os.WriteFile(filepath.Join(link, name), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := os.Symlink(filepath.Join(away, name), filepath.Join(link, name)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refuses(t, link, open.Options{}, layers.ErrPolicy, "--allow-path")
+	refuses(t, filepath.Join(link, ploop.RootName), open.Options{}, layers.ErrPolicy, "--allow-path")
+	mustOpen(t, link, open.Options{AllowPaths: []string{away}})
+	mustOpen(t, filepath.Join(link, ploop.DescriptorName), open.Options{})
 	fifo := t.TempDir()
 	if err := unix.Mkfifo(filepath.Join(fifo, ploop.DescriptorName), 0o600); err != nil {
 		t.Fatal(err)

@@ -27,6 +27,9 @@ func (op *opener) openTop(path string) error {
 		}
 	}
 	if strings.EqualFold(filepath.Ext(path), ".xml") && op.o.Format != formatRaw {
+		if !st.IsDir() {
+			op.named = path
+		}
 		if f := normalFormat(op.o.Format); f != "" && f != formatPloop {
 			return fmt.Errorf("%s: a ploop descriptor, not %s: %w", path, op.o.Format, layers.ErrFormat)
 		}
@@ -43,7 +46,7 @@ func (op *opener) openTop(path string) error {
 	}
 	var xml, guid string
 	if err == nil && format == formatPloop && op.o.Format == "" {
-		xml, guid, err = bundleOf(path)
+		xml, guid, err = op.bundleOf(path)
 	}
 	if err != nil || guid != "" {
 		_ = f.Close() // only looked at so far
@@ -80,7 +83,7 @@ func (op *opener) openChain(f backend.File, path, format string) error {
 		if format != formatPloop {
 			continue
 		}
-		xml, guid, err := bundleOf(path)
+		xml, guid, err := op.bundleOf(path)
 		if err != nil || guid != "" {
 			_ = f.Close() // only looked at
 		}

@@ -109,6 +109,7 @@ type opener struct {
 	cache  *layers.Cache
 	seen   map[fileID]string
 	pile   []layers.Layer
+	named  string            // the descriptor that the user named, "" if none
 	bundle []layers.Snapshot // snapshots of the ploop bundle, if it is one
 	found  []Traced          // every image come upon, opened or not
 	xmls   []string          // descriptors come upon
