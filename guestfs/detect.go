@@ -8,6 +8,7 @@ import (
 	"github.com/imagestack/imagestack/guestfs/ext4"
 	"github.com/imagestack/imagestack/guestfs/freespace"
 	"github.com/imagestack/imagestack/guestfs/swap"
+	"github.com/imagestack/imagestack/guestfs/xfs"
 )
 
 // headSize is where the signatures at the start of an area lie: that of btrfs,
@@ -25,7 +26,7 @@ type format struct {
 // well: a second signature makes the first one doubtful.
 var formats = []format{
 	{"ext", ext4.Detect, ext4.Free},
-	{"xfs", magic(0, "XFSB"), nil},
+	{"xfs", xfs.Detect, xfs.Free},
 	{"btrfs", magic(0x10040, "_BHRfS_M"), nil},
 	{"swap", swap.Detect, swap.Free},
 	{"hibernation", swap.DetectSuspended, nil},

@@ -1,0 +1,320 @@
+package xfs
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/guestfs/freespace"
+	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/imgtest/guesttest"
+)
+
+func free(r io.ReaderAt, size int64) (*blockmap.Set, error) {
+	c := freespace.NewCollector(1<<20, 1)
+	if _, err := Free(context.Background(), r, size, c.Add); err != nil {
+		return &blockmap.Set{}, err
+	}
+	return guesttest.Set(c.Ranges()), nil
+}
+
+func judge(t testing.TB, path string) (*blockmap.Set, error) {
+	t.Helper()
+	f, err := os.Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return free(f, st.Size())
+}
+
+func db(t testing.TB, path string, commands ...string) string {
+	t.Helper()
+	var args []string
+	for _, c := range commands {
+		args = append(args, "-c", c)
+	}
+	return string(imgtest.Run(t, "xfs_db", append(append([]string{"-r"}, args...), path)...))
+}
+
+func value(t testing.TB, out, name string) int64 {
+	t.Helper()
+	for line := range strings.Lines(out) {
+		if k, v, ok := strings.Cut(line, " = "); ok && k == name {
+			n, err := strconv.ParseInt(strings.TrimSpace(v), 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return n
+		}
+	}
+	t.Fatalf("no %s in %s", name, out)
+	return 0
+}
+
+// oracle is what xfs_db lists as free, and the bytes in it that it counts
+// although they are kept for the free-space trees.
+func oracle(t testing.TB, path string) (s *blockmap.Set, kept int64) {
+	t.Helper()
+	sb := db(t, path, "sb 0", "p")
+	block, ag := value(t, sb, "blocksize"), value(t, sb, "agblocks")
+	s = new(blockmap.Set)
+	for line := range strings.Lines(db(t, path, "freesp -d")) {
+		f := strings.Fields(line)
+		var n [3]int64
+		ok := len(f) == 3
+		for i := range n {
+			var err error
+			if ok {
+				n[i], err = strconv.ParseInt(f[i], 10, 64)
+				ok = err == nil
+			}
+		}
+		if !ok {
+			continue
+		}
+		s.Add((n[0]*ag+n[1])*block, n[2]*block)
+	}
+	for i := range value(t, sb, "agcount") {
+		kept += block * value(t, db(t, path, "agf "+strconv.FormatInt(i, 10), "p"), "flcount")
+	}
+	return s, kept
+}
+
+func mkfs(t testing.TB, size int64, args string) string {
+	t.Helper()
+	path := guesttest.Image(t, size)
+	imgtest.Run(t, "mkfs.xfs", append(append([]string{"-q", "-f", "--unsupported"}, strings.Fields(args)...), path)...)
+	return path
+}
+
+func exact(t testing.TB, path, when string) {
+	t.Helper()
+	got, err := judge(t, path)
+	if err != nil {
+		t.Fatalf("%s: %v", when, err)
+	}
+	want, kept := oracle(t, path)
+	guesttest.Inside(t, got, want)
+	if got.Len() != want.Len()-kept || got.Len() == 0 {
+		t.Errorf("%s: %d bytes free, xfs_db says %d with %d kept for trees", when, got.Len(), want.Len(), kept)
+	}
+}
+
+var variants = []struct {
+	name  string
+	size  int64
+	args  string
+	mount bool // kernels may lack version 4
+}{
+	{"default", 64 << 20, "", true},
+	{"rmapbt", 64 << 20, "-m rmapbt=1,reflink=1,finobt=1,inobtcount=1", true},
+	{"plain", 64 << 20, "-m rmapbt=0,reflink=0,finobt=0,bigtime=0 -i sparse=0", true},
+	{"nrext64", 64 << 20, "-m bigtime=1 -i nrext64=1", true},
+	{"1k", 48 << 20, "-b size=1024", true},
+	{"2k many groups", 96 << 20, "-b size=2048 -d agcount=6", true},
+	{"odd groups", 90 << 20, "-d agcount=5", true},
+	{"sectors", 64 << 20, "-s size=4096", true},
+	{"log unit", 96 << 20, "-l su=32k,size=16m", true},
+	{"log unit 256k", 192 << 20, "-l su=256k", true},
+	{"large inodes", 64 << 20, "-i size=2048", true},
+	{"directories", 64 << 20, "-n size=16384", true},
+	{"stripes", 96 << 20, "-d su=64k,sw=4", true},
+	{"version 4", 64 << 20, "-m crc=0,finobt=0", false},
+	{"version 4 1k", 64 << 20, "-m crc=0,finobt=0 -b size=1024 -l version=1", false},
+}
+
+func TestAgainstXfsDB(t *testing.T) {
+	guesttest.Require(t, "mkfs.xfs", "xfs_db", "xfs_repair")
+	for i, v := range variants {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			path := mkfs(t, v.size, v.args)
+			exact(t, path, "new")
+			if !v.mount {
+				return
+			}
+			for round := range 2 {
+				dir, umount := guesttest.Mount(t, path, "nouuid")
+				guesttest.Age(t, dir, uint64(i*10+round), 120, v.size/100)
+				dirty := guesttest.Copy(t, path)
+				umount()
+				exact(t, path, "aged")
+				_, err := judge(t, dirty)
+				var r *freespace.Refusal
+				if !errors.As(err, &r) || r.Code != freespace.NotClean {
+					t.Errorf("mounted: %v, want %s", err, freespace.NotClean)
+				}
+				if round == 0 { // replayed by the kernel, it is judged again
+					_, umount := guesttest.Mount(t, dirty, "nouuid")
+					umount()
+					exact(t, dirty, "recovered")
+				}
+			}
+			if exit, out := imgtest.Try(t, "xfs_repair", "-n", path); exit != 0 {
+				t.Errorf("xfs_repair: %d\n%s", exit, out)
+			}
+		})
+	}
+}
+
+// A log that went around its end many times, and every state on the way:
+// clean or not, the verdict is that of xfs_repair.
+func TestLogWraps(t *testing.T) {
+	guesttest.Require(t, "mkfs.xfs", "xfs_db", "xfs_repair")
+	path := mkfs(t, 48<<20, "-b size=1024")
+	for round := range 12 {
+		dir, umount := guesttest.Mount(t, path)
+		guesttest.Age(t, dir, uint64(round), 60+round*17, 100_000)
+		for i := range 10 + round {
+			guesttest.Write(dir, "again"+strconv.Itoa(i), 1, 5000)
+			imgtest.Run(t, "sync", "-f", dir)
+			if i%8 != 0 {
+				continue
+			}
+			dirty := guesttest.Copy(t, path)
+			_, err := judge(t, dirty)
+			exit, _ := imgtest.Try(t, "xfs_repair", "-n", dirty)
+			if err == nil && exit != 0 {
+				t.Errorf("judged, and xfs_repair says %d", exit)
+			}
+		}
+		umount()
+		exact(t, path, "round "+strconv.Itoa(round))
+	}
+	if !strings.Contains(string(imgtest.Run(t, "xfs_logprint", "-t", path)), "CLEAN") {
+		t.Error("xfs_logprint finds the log not clean")
+	}
+}
+
+type traced struct {
+	r    io.ReaderAt
+	seen blockmap.Set
+}
+
+func (t *traced) ReadAt(p []byte, off int64) (int, error) {
+	t.seen.Add(off, int64(len(p)))
+	return t.r.ReadAt(p, off)
+}
+
+func agedImage(t testing.TB) []byte {
+	t.Helper()
+	path := mkfs(t, 32<<20, "-b size=1024 -d agcount=2")
+	dir, umount := guesttest.Mount(t, path)
+	guesttest.Age(t, dir, 5, 250, 60_000)
+	umount()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// Whatever byte changes in anything that is read, no more becomes free.
+func TestDamagedByte(t *testing.T) {
+	guesttest.Require(t, "mkfs.xfs")
+	b := agedImage(t)
+	size := int64(len(b))
+	tr := &traced{r: bytes.NewReader(b)}
+	good, err := free(tr, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	try := []int64{}
+	for at := range int64(4 * 512) {
+		try = append(try, at, size/2+at)
+	}
+	s, err := readSuper(bytes.NewReader(b), 0, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ag, at := s.split(s.logStart)
+	log := s.groupStart(ag) + int64(at)*s.blockSize
+	for r := range tr.seen.Ranges() {
+		n := r.Len / 16 // of the trees
+		if r.Off <= log && log < r.End() {
+			n = 400 // of the log
+		}
+		for range min(n, 2000) {
+			try = append(try, r.Off+rng.Int64N(r.Len))
+		}
+	}
+	refused := 0
+	for _, at := range try {
+		got, err := free(guesttest.Damaged{Base: bytes.NewReader(b), At: at, Xor: byte(1 << rng.IntN(8))}, size)
+		if err != nil {
+			refused++
+		}
+		for r := range got.Ranges() {
+			if !good.Contains(r.Off, r.Len) {
+				t.Fatalf("byte %#x damaged: %d+%d is free, was used", at, r.Off, r.Len)
+			}
+		}
+	}
+	if refused < len(try)/4 {
+		t.Errorf("only %d of %d damages were refused", refused, len(try))
+	}
+}
+
+// resum makes the checksum of the superblock right again.
+func resum(b []byte) {
+	sector := int(be16(b[102:]))
+	if sector >= 512 && sector <= len(b) {
+		binary.LittleEndian.PutUint32(b[superCRCAt:], sum(b[:sector], superCRCAt))
+	}
+}
+
+func TestRefusals(t *testing.T) {
+	guesttest.Require(t, "mkfs.xfs")
+	base := agedImage(t)
+	be := binary.BigEndian
+	put := func(at int, v uint32) func([]byte) { return func(b []byte) { be.PutUint32(b[at:], v) } }
+	or := func(at int, v uint32) func([]byte) {
+		return func(b []byte) { be.PutUint32(b[at:], be.Uint32(b[at:])|v) }
+	}
+	for _, c := range []struct {
+		name   string
+		breaks func(b []byte)
+		want   freespace.Code
+	}{
+		{"needsrepair", or(216, incompatNeedsRepair), freespace.ErrorState},
+		{"unknown incompat", or(216, 1<<20), freespace.UnknownFeature},
+		{"unknown ro_compat", or(212, 1<<20), freespace.UnknownFeature},
+		{"log features", or(220, 1), freespace.UnknownFeature},
+		{"version", func(b []byte) { b[101] = b[101]&0xf0 | 6 }, freespace.UnknownFeature},
+		{"realtime", put(20, 100), freespace.Unsupported},
+		{"external log", func(b []byte) { clear(b[48:56]) }, freespace.Unsupported},
+		{"mkfs interrupted", func(b []byte) { b[126] = 1 }, freespace.NotClean},
+		{"free blocks", func(b []byte) { b[151] ^= 1 }, freespace.CountMismatch},
+		{"groups", put(88, 77), freespace.Damaged},
+		{"group size", put(84, 0), freespace.Damaged},
+		{"other UUID", func(b []byte) { b[33] ^= 1 }, freespace.Damaged},
+	} {
+		b := bytes.Clone(base)
+		c.breaks(b)
+		resum(b)
+		_, err := free(bytes.NewReader(b), int64(len(b)))
+		var r *freespace.Refusal
+		if !errors.As(err, &r) || r.Code != c.want {
+			t.Errorf("%s: %v, want %s", c.name, err, c.want)
+		}
+	}
+	_, err := free(bytes.NewReader(base), int64(len(base))-4096)
+	var r *freespace.Refusal
+	if !errors.As(err, &r) || r.Code != freespace.Truncated {
+		t.Errorf("truncated: %v", err)
+	}
+}
