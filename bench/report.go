@@ -23,10 +23,10 @@ func (r *lineResult) compare(pairs int) []comparison {
 	var out []comparison
 	for _, s := range r.subjects[1:] {
 		c := comparison{with: s}
-		switch {
-		case s.peer == peerQSD:
+		switch s.peer {
+		case peerQSD:
 			c.goal = r.goal
-		case s.peer == peerOurs:
+		case peerOurs:
 			c.goal = r.selfTo
 		}
 		c.stats = summarize(ratios(ours.values(pairs), s.values(pairs), r.lowerIsBetter()))
