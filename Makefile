@@ -5,6 +5,7 @@ MODULE   := github.com/imagestack/imagestack
 PREFIX   ?= /usr/local
 DESTDIR  ?=
 FUZZTIME ?= 30s
+SOAKTIME ?= 30m
 # Distinct states after power cuts, at least.
 CRASH_STATES ?= 100000
 # Packages for test and race; the default is everything.
@@ -18,13 +19,14 @@ BUILD    := $(GO) build -trimpath -buildvcs=false -ldflags '-X $(MODULE)/interna
 GOLANGCI_VERSION := 2.15.0
 TOOLS    := $(CURDIR)/.tools
 
-.PHONY: build test check lint race crash fuzz bench bench-quick demo install deps clean help
+.PHONY: build test check lint race crash soak fuzz bench bench-quick demo install deps clean help
 
 help:
 	@echo 'make build        the tools, in bin/'
 	@echo 'make test         what the continuous integration runs (root: everything; others: what needs no root)'
 	@echo 'make check        gofmt, vet, golangci-lint (with the floors of the house), tests with -race'
 	@echo 'make crash        power cuts at every moment of all that changes a file: CRASH_STATES=$(CRASH_STATES) states'
+	@echo 'make soak         1,000 programs on one image; a mounted guest under load for SOAKTIME=$(SOAKTIME)'
 	@echo 'make fuzz         every fuzz target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make bench        speed beside qemu-storage-daemon and the bare file (bench-quick: minutes less)'
 	@echo 'make demo         build, make sample images, mount them, list the files in them'
@@ -53,6 +55,10 @@ race:
 crash:
 	scripts/deps test
 	CRASH_STATES=$(CRASH_STATES) scripts/crash
+
+soak:
+	scripts/deps test bench
+	IMAGESTACK_REQUIRE=all $(GO) test ./test -count=1 -timeout 24h -v -run '^(TestLocksUnderFire|TestSoak)$$' -locks.starts 1000 -soak.time $(SOAKTIME)
 
 fuzz:
 	scripts/fuzz $(FUZZTIME)
