@@ -35,6 +35,8 @@ func TestMain(m *testing.M) {
 type job struct {
 	Policy Policy
 	Seal   bool
+	// NoLandlock makes the kernel one without it.
+	NoLandlock bool
 }
 
 // child confines itself and reports what each attempt gave, "" for success.
@@ -66,13 +68,24 @@ func child(dir string) {
 	if err != nil {
 		panic(err)
 	}
+	if j.NoLandlock {
+		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+			panic(err)
+		}
+		if err := install([]rule{{nr: unix.SYS_LANDLOCK_CREATE_RULESET, errno: unix.ENOSYS}}); err != nil {
+			panic(err)
+		}
+	}
 	warnings, err := Confine(j.Policy)
 	if err != nil {
-		fmt.Println(err)
+		fmt.Fprintln(os.Stderr, err)
 		os.Exit(3)
 	}
-	if len(warnings) > 0 {
+	if len(warnings) > 0 && !j.NoLandlock {
 		panic(warnings)
+	}
+	for _, w := range warnings {
+		fmt.Fprintln(os.Stderr, w)
 	}
 	if j.Seal {
 		if err := Seal(j.Policy.Mode); err != nil {
@@ -204,6 +217,19 @@ func errnoErr(e unix.Errno) error {
 // could do.
 func run(t *testing.T, p func(dir string) Policy, seal bool) map[string]string {
 	t.Helper()
+	exit, out, errOut := start(t, p, job{Seal: seal})
+	if exit != 0 {
+		t.Fatalf("exit %d\n%s%s", exit, out, errOut)
+	}
+	var got map[string]string
+	if err := json.Unmarshal([]byte(out), &got); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return got
+}
+
+func start(t *testing.T, p func(dir string) Policy, j job) (exit int, out, errOut string) {
+	t.Helper()
 	dir := t.TempDir()
 	for _, name := range []string{"read/file", "read/sub/file", "list/file", "write/file", "file"} {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755); err != nil {
@@ -216,7 +242,8 @@ func run(t *testing.T, p func(dir string) Policy, seal bool) map[string]string {
 	if err := os.Symlink("../file", dir+"/read/link"); err != nil {
 		t.Fatal(err)
 	}
-	text, err := json.Marshal(job{p(dir), seal})
+	j.Policy = p(dir)
+	text, err := json.Marshal(j)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -227,16 +254,36 @@ func run(t *testing.T, p func(dir string) Policy, seal bool) map[string]string {
 	defer cancel()
 	cmd := exec.CommandContext(ctx, os.Args[0])
 	cmd.Env = append(os.Environ(), childEnv+"="+dir)
-	var out, errOut bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errOut
-	if err := cmd.Run(); err != nil {
-		t.Fatalf("%v\n%s%s", err, &out, &errOut)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	_ = cmd.Run() // the exit code tells
+	return cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()
+}
+
+// Without Landlock, auto says so once and goes on with the rest; require ends.
+func TestNoLandlock(t *testing.T) {
+	for mode, exit := range map[Mode]int{Auto: 0, Require: 3} {
+		got, out, errOut := start(t, func(dir string) Policy {
+			p := policy(dir)
+			p.Mode = mode
+			return p
+		}, job{NoLandlock: true, Seal: true})
+		if got != exit || strings.Count(errOut, "Landlock") != 1 || strings.Count(errOut, "\n") != 1 {
+			t.Errorf("%s: exit %d\n%s%s", mode, got, out, errOut)
+		}
+		if exit != 0 {
+			continue
+		}
+		var did map[string]string
+		if err := json.Unmarshal([]byte(out), &did); err != nil {
+			t.Fatal(err)
+		}
+		for _, what := range []string{"exec", "socket", "read elsewhere", "write in read"} {
+			if did[what] != "EPERM" {
+				t.Errorf("%s: %q", what, did[what])
+			}
+		}
 	}
-	var got map[string]string
-	if err := json.Unmarshal(out.Bytes(), &got); err != nil {
-		t.Fatalf("%v\n%s", err, &out)
-	}
-	return got
 }
 
 func check(t *testing.T, got map[string]string, want map[string]string) {

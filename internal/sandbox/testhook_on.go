@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 
@@ -17,6 +18,10 @@ import (
 // that it names, separated by commas. A stage may be followed by "=" and a
 // file in the directory of the image to open.
 const AttackEnv = "IMAGESTACK_ATTACK"
+
+// attackOnlyEnv leaves of the attempts those named, separated by commas: for
+// the check that, without a sandbox, they do succeed.
+const attackOnlyEnv = "IMAGESTACK_ATTACK_ONLY"
 
 // Attack acts as a parser that an image has taken over: it tries what it must
 // not be able to do and says on stderr, a line each, "attack STAGE WHAT: stopped"
@@ -38,7 +43,7 @@ func attack(stage, file string) {
 		{"open-secret", func() error { return open("/etc/shadow", os.O_RDONLY) }},
 		{"open-own-memory", func() error { return open("/proc/self/mem", os.O_RDWR) }},
 		{"open-parent-memory", func() error { return open(fmt.Sprintf("/proc/%d/mem", os.Getppid()), os.O_RDWR) }},
-		{"write-elsewhere", func() error { return open("/etc/imagestack-was-here", os.O_WRONLY|os.O_CREATE) }},
+		{"write-elsewhere", func() error { return open("/var/tmp/imagestack-was-here", os.O_WRONLY|os.O_CREATE) }},
 		{"write-image", func() error { return open(file, os.O_RDWR) }},
 		{"read-image", func() error { return open(file, os.O_RDONLY) }},
 		{"connect", func() error { c, err := net.Dial("tcp", "127.0.0.1:1"); return attempted(c, err) }},
@@ -51,7 +56,11 @@ func attack(stage, file string) {
 		{"unshare", func() error { return unix.Unshare(unix.CLONE_NEWUSER) }},
 		{"become-root", func() error { return unix.Setuid(0) }},
 	}
+	only := os.Getenv(attackOnlyEnv)
 	for _, try := range tries {
+		if only != "" && !slices.Contains(strings.Split(only, ","), try.what) {
+			continue
+		}
 		var wg sync.WaitGroup
 		won := make(chan struct{}, 8)
 		for range 8 {
