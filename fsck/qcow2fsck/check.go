@@ -65,9 +65,8 @@ type check struct {
 	grown    []ref // clusters that were allocated behind the window
 	tables   *tableList
 	counts   counters
-	cross    atomic.Int64 // cells that need the second look
-	mapLoss  atomic.Bool  // an entry of the map is damaged beyond mending
-	unfixed  atomic.Bool  // damage stays
+	mapLoss  atomic.Bool // an entry of the map is damaged beyond mending
+	unfixed  atomic.Bool // damage stays
 	fresh    map[int64]bool
 	kept     map[int64]bool // clusters whose owners stay in doubt
 	doubtAll bool           // there were too many of these to look at all
@@ -99,10 +98,9 @@ type geometry struct {
 	extended   bool
 	entryBytes int64
 	l2Entries  int64
-	l2Span     int64  // guest bytes of an L2 table
-	order      uint   // of counts
-	perBlock   int64  // counts in a refcount block
-	offMask    uint64 // offset bits of entries, whatever the cluster size
+	l2Span     int64 // guest bytes of an L2 table
+	order      uint  // of counts
+	perBlock   int64 // counts in a refcount block
 }
 
 func (c *check) setGeometry() {

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/internal/imgtest"
 )
@@ -63,7 +62,7 @@ func source(t testing.TB, dir string) string {
 	return path
 }
 
-// make builds the image of a shape.
+// makeShape builds the image of a shape.
 func makeShape(t testing.TB, dir string, commands []string) string {
 	t.Helper()
 	src := source(t, dir)
@@ -128,5 +127,3 @@ func TestClean(t *testing.T) {
 		})
 	}
 }
-
-var _ backend.File = (*backend.Mem)(nil)

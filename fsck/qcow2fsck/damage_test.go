@@ -3,6 +3,8 @@ package qcow2fsck
 import (
 	"bytes"
 	"context"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -26,7 +28,6 @@ func content(f backend.File, dir string, base []byte) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer img.Data()
 	out := make([]byte, img.Size())
 	copy(out, base)
 	cluster := make([]byte, img.Granule())
@@ -43,7 +44,9 @@ func content(f backend.File, dir string, base []byte) ([]byte, error) {
 				clear(dst)
 			case blockmap.Data:
 				clear(dst)
-				img.Data().ReadAt(dst, e.Host)
+				if _, err := img.Data().ReadAt(dst, e.Host); err != nil && !errors.Is(err, io.EOF) {
+					return nil, err
+				}
 			case blockmap.Packed:
 				if err := img.Unpack(ctx, e, cluster); err != nil {
 					return nil, err

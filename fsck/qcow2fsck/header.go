@@ -54,24 +54,23 @@ const (
 
 // header is the header as found, or as the plan has it.
 type header struct {
-	version                      uint32
-	backingOff                   uint64
-	backingSize                  uint32
-	clusterBits                  uint32
-	size                         uint64
-	crypt                        uint32
-	l1Size                       uint32
-	l1Off                        uint64
-	rtOff                        uint64
-	rtClusters                   uint32
-	nbSnap                       uint32
-	snapOff                      uint64
-	incompat, compat, autoclear  uint64
-	order, length                uint32
-	ctype                        uint8
-	exts                         []extension
-	extEnd                       int64 // first byte behind the end mark
-	bitmapsStale, bitmapsDropped bool
+	version                     uint32
+	backingOff                  uint64
+	backingSize                 uint32
+	clusterBits                 uint32
+	size                        uint64
+	crypt                       uint32
+	l1Size                      uint32
+	l1Off                       uint64
+	rtOff                       uint64
+	rtClusters                  uint32
+	nbSnap                      uint32
+	snapOff                     uint64
+	incompat, compat, autoclear uint64
+	order, length               uint32
+	ctype                       uint8
+	exts                        []extension
+	extEnd                      int64 // first byte behind the end mark
 }
 
 // header reads the header and reports whether anything can be done with the

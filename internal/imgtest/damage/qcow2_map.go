@@ -7,7 +7,7 @@ const (
 	packed   = 1 << 62
 	l2Span   = 2 << 20 // of a table of 4 KiB
 	mib      = 1 << 20
-	anywhere = -1
+	whatever = -1 // of Foreign: QEMU sees it or not, depending on its version
 )
 
 // qcow2Map are damages of L1 and L2 entries and of what they point to.
@@ -61,9 +61,9 @@ func qcow2Map() []Damage {
 		qcow2Case("l2-copied-set", "snapshot", func(q *qcow2) { q.or64(q.l2(0), copied) },
 			Damage{Codes: []string{"qcow2.l2.copied-set"}, Foreign: 2}),
 		qcow2Case("l2-copied-unmapped", "v3", func(q *qcow2) { q.or64(q.l2(2*mib), copied) },
-			Damage{Codes: []string{"qcow2.l2.copied-unmapped"}, Lost: nil, Foreign: anywhere}),
+			Damage{Codes: []string{"qcow2.l2.copied-unmapped"}, Lost: nil, Foreign: whatever}),
 		qcow2Case("l2-zero-flag-v2", "v2", func(q *qcow2) { q.or64(q.l2(g), 1) },
-			Damage{Codes: []string{"qcow2.l2.zero-flag-v2"}, Foreign: anywhere}),
+			Damage{Codes: []string{"qcow2.l2.zero-flag-v2"}, Foreign: whatever}),
 		qcow2Case("l2-several", "v3", func(q *qcow2) {
 			q.p64(q.l2(g), 0xffffffffffffffff)
 			q.p64(q.l2(g+4096), 0x3f00000000000001)
@@ -72,11 +72,11 @@ func qcow2Map() []Damage {
 		qcow2Case("extl2-bit0", "extl2", func(q *qcow2) { q.or64(q.l2n(0, 16), 1) },
 			Damage{Codes: []string{"qcow2.l2.zero-flag-extended"}, Foreign: 0}),
 		qcow2Case("extl2-both", "extl2", func(q *qcow2) { q.or64(q.l2n(0, 16)+8, 1<<32) },
-			Damage{Codes: []string{"qcow2.l2.subcluster-both"}, Preen: Damaged, Lost: rng(0, 512), Foreign: anywhere}),
+			Damage{Codes: []string{"qcow2.l2.subcluster-both"}, Preen: Damaged, Lost: rng(0, 512), Foreign: whatever}),
 		qcow2Case("extl2-unmapped", "extl2", func(q *qcow2) { q.p64(q.l2n(0, 16), 0) },
-			Damage{Codes: []string{"qcow2.l2.subcluster-unmapped"}, Preen: Damaged, Lost: rng(0, 16384), Foreign: anywhere}),
+			Damage{Codes: []string{"qcow2.l2.subcluster-unmapped"}, Preen: Damaged, Lost: rng(0, 16384), Foreign: whatever}),
 		qcow2Case("cut-data", "v3", func(q *qcow2) { q.b = q.b[:len(q.b)-100] },
-			Damage{Codes: []string{"qcow2.data.cut"}, Preen: Damaged, Lost: rng(8*mib-8192, 4096), Foreign: anywhere}),
+			Damage{Codes: []string{"qcow2.data.cut"}, Preen: Damaged, Lost: rng(8*mib-8192, 4096), Foreign: whatever}),
 		qcow2Case("cut-cluster", "v3", func(q *qcow2) { q.b = q.b[:len(q.b)-3*4096] },
 			Damage{Codes: []string{"qcow2.l2.entry-past-eof"}, Preen: Damaged, Lost: rng(8*mib-4*4096, 3*4096), Foreign: 2}),
 		qcow2Case("cut-table", "v3", func(q *qcow2) {
@@ -87,13 +87,13 @@ func qcow2Map() []Damage {
 			q.p16(q.count(old), 0)
 			q.p64(q.l1(0), copied|uint64(at))
 			q.b = q.b[:len(q.b)-4000]
-		}, Damage{Codes: []string{"qcow2.l2.table-cut"}, Preen: Damaged, Lost: rng(12*4096, l2Span), Foreign: anywhere}),
+		}, Damage{Codes: []string{"qcow2.l2.table-cut"}, Preen: Damaged, Lost: rng(12*4096, l2Span), Foreign: whatever}),
 		qcow2Case("packed-copied", "packed", func(q *qcow2) { q.or64(q.l2(g), copied) },
 			Damage{Codes: []string{"qcow2.packed.reserved-bits"}, Foreign: 2}),
 		qcow2Case("packed-past-eof", "packed", func(q *qcow2) { q.or64(q.l2(g), 1<<40) },
 			Damage{Codes: []string{"qcow2.packed.past-eof"}, Preen: Damaged, Lost: one, Foreign: 2}),
 		qcow2Case("packed-sectors", "mixed", func(q *qcow2) { q.or64(q.l2(g), 0xf<<58) },
-			Damage{Codes: []string{"qcow2.packed.too-long"}, Foreign: anywhere}),
+			Damage{Codes: []string{"qcow2.packed.too-long"}, Foreign: whatever}),
 		qcow2Case("packed-payload", "packed", func(q *qcow2) {
 			off := int64(q.u64(q.l2(g)) & (1<<58 - 1))
 			for i := range int64(64) {
@@ -106,8 +106,8 @@ func qcow2Map() []Damage {
 			q.p16(q.count(int64(q.u64(q.l2(g))&(1<<58-1))), 1)
 		}, Damage{Codes: []string{"qcow2.refcount.too-low"}, Foreign: 2}),
 		qcow2Case("datafile-offset", "data", func(q *qcow2) { q.p64(q.l2(g), q.u64(q.l2(g))+4096) },
-			Damage{Codes: []string{"qcow2.datafile.offset"}, Foreign: anywhere}),
+			Damage{Codes: []string{"qcow2.datafile.offset"}, Foreign: whatever}),
 		qcow2Case("datafile-packed", "data", func(q *qcow2) { q.or64(q.l2(g), packed) },
-			Damage{Codes: []string{"qcow2.packed.external"}, Preen: Damaged, Lost: one, Foreign: anywhere}),
+			Damage{Codes: []string{"qcow2.packed.external"}, Preen: Damaged, Lost: one, Foreign: whatever}),
 	}
 }
