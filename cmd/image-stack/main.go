@@ -39,6 +39,7 @@ func (i *image) options() open.Options {
 // confine gives up, before the image is looked at, all that reading it does not
 // need.
 func (i *image) confine() error {
+	defer sandbox.Attack("parse") // of test builds
 	if i.Sandbox == sandbox.Off {
 		return nil
 	}
@@ -53,7 +54,6 @@ func (i *image) confine() error {
 	if err != nil {
 		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
 	}
-	sandbox.Attack("parse")
 	return nil
 }
 

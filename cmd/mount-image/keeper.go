@@ -58,7 +58,7 @@ func startKeeper(p *place) (*keeper, error) {
 	defer theirs.Close()
 	k := &keeper{pair[0]}
 	cmd := exec.Command("/proc/self/exe")
-	cmd.Args[0] = os.Args[0]
+	cmd.Args = []string{os.Args[0], "(keeper)", p.Dir} // for who lists processes
 	cmd.Env = append(os.Environ(), keeperEnv+"=3")
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Dir = "/"
@@ -152,6 +152,8 @@ func beKeeper() bool {
 	}
 	_ = os.Unsetenv(keeperEnv)
 	unix.CloseOnExec(socket)
+	// Best effort: the name would be that of the link it was started through.
+	_ = os.WriteFile("/proc/self/comm", []byte("mount-keeper"), 0)
 	// The server decides when the end has come.
 	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
 	buf := make([]byte, maxMessage)

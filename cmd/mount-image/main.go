@@ -25,7 +25,7 @@ type flags struct {
 	Loop       bool     `help:"Attach a loop device to the disk and print its name (root)."`
 	SectorSize uint32   `default:"0" placeholder:"BYTES" help:"Sector size of the loop device, 512 (default) or 4096."`
 	Snapshot   string   `placeholder:"ID" help:"Show the disk as it was at this snapshot (id or name)."`
-	Options    []string `short:"o" sep:"none" placeholder:"OPT,…" help:"Options as of mount(8): ro, rw, allow_other, allow_root, uid=, gid=, umask=, and the flags of this tool as scratch, partitions, loop, snapshot=, format=, backing_format=, allow_path=, cache_size=, sector_size=, log=."`
+	Options    []string `short:"o" sep:"none" placeholder:"OPT,…" help:"Options as of mount(8): ro, rw, allow_other, allow_root, uid=, gid=, umask=, and the flags of this tool as scratch, partitions, loop, snapshot=, format=, backing_format=, allow_path=, cache_size=, sector_size=, log=, sandbox=, run_as= (as --uid)."`
 	Log        string   `placeholder:"FILE" help:"Append messages of the server in the background to FILE."`
 	JSON       bool     `help:"Print one JSON document about the mount."`
 	Unmount    bool     `short:"u" help:"Unmount DIR, detaching its loop devices, and wait until everything is durable."`

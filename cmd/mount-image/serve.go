@@ -56,7 +56,7 @@ func serve(ctx context.Context, s *settings, daemon *cli.Daemon) (err error) {
 	if srv.keeper != nil {
 		defer srv.keeper.close()
 	}
-	sandbox.Attack("parse")
+	sandbox.Attack("parse") // of test builds
 	if srv.stack, err = open.Open(ctx, s.image, s.open); err != nil {
 		return err
 	}

@@ -30,6 +30,7 @@ func TestParse(t *testing.T) {
 		{"snapshot=a b,format=qcow2,backing_format=raw,cache_size=1G,log=/x",
 			Options{Snapshot: "a b", Format: "qcow2", BackingFormat: "raw", CacheSize: "1G", Log: "/x"}},
 		{`allow_path=/a\,b,allow_path="/c,d"`, Options{AllowPath: []string{"/a,b", "/c,d"}}},
+		{"sandbox=off,run_as=nobody", Options{Sandbox: "off", RunAs: "nobody"}},
 		{"snapshot=a=b", Options{Snapshot: "a=b"}},
 		{",,ro,", Options{Write: ptr(false)}},
 	} {
