@@ -287,9 +287,12 @@ func TestHostileOpens(t *testing.T) {
 	if err := os.WriteFile(filepath.Join(sound, "a"), make([]byte, 4096), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	usual, _ := traced(t, sound, "a")
-	if len(usual) == 0 {
-		t.Fatal("nothing was traced")
+	programs := [][]string{{"image-stack", "info", "--sandbox=off"}, {"image-fsck", "-n"}}
+	usual := make([]map[string]bool, len(programs))
+	for i, program := range programs {
+		if usual[i], _ = traced(t, program, sound, "a"); len(usual[i]) == 0 {
+			t.Fatal("nothing was traced")
+		}
 	}
 	for _, c := range hostile.Cases() {
 		if c.Class != hostile.Path && c.Class != hostile.Chain || strings.Contains(c.Name, "1200") {
@@ -301,28 +304,31 @@ func TestHostileOpens(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			opened, calls := traced(t, dirs.In, c.Image)
-			for _, path := range slices.Sorted(maps.Keys(opened)) {
-				// Outside of the image's directory only what is opened for
-				// any image, and the special file that the user named itself.
-				if !usual[path] && !inside(path, dirs.In) && c.Name != "a character device" {
-					t.Errorf("%s was opened", path)
+			for i, program := range programs {
+				opened, calls := traced(t, program, dirs.In, c.Image)
+				for _, path := range slices.Sorted(maps.Keys(opened)) {
+					// Outside of the image's directory only what is opened for
+					// any image, and the special file that the user named itself.
+					if !usual[i][path] && !inside(path, dirs.In) && c.Name != "a character device" {
+						t.Errorf("%s: %s was opened", program[0], path)
+					}
 				}
-			}
-			if calls != "" {
-				t.Errorf("connections or programs: %s", calls)
+				if calls != "" {
+					t.Errorf("%s: connections or programs: %s", program[0], calls)
+				}
 			}
 		})
 	}
 }
 
-// traced runs image-stack info and returns the files that were opened, and
+// traced runs the program and returns the files that were opened, and
 // the calls that have to do with connections and programs.
-func traced(t *testing.T, dir, image string) (opened map[string]bool, calls string) {
+func traced(t *testing.T, program []string, dir, image string) (opened map[string]bool, calls string) {
 	t.Helper()
 	log := filepath.Join(t.TempDir(), "trace")
 	cmd := exec.Command("strace", "-f", "-qq", "-y", "-o", log, "-e", "trace=open,openat,openat2,creat,socket,connect,execve",
-		filepath.Join(binDir, "image-stack"), "info", "--sandbox=off", filepath.Join(dir, image))
+		filepath.Join(binDir, program[0]))
+	cmd.Args = append(append(cmd.Args, program[1:]...), filepath.Join(dir, image))
 	_ = cmd.Run() // most images are refused
 	text, err := os.ReadFile(log)
 	if err != nil {

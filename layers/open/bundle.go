@@ -39,23 +39,30 @@ func (op *opener) readDescriptor(xml string) (*ploop.Descriptor, error) {
 	if err != nil {
 		return nil, err
 	}
-	if xml != op.named {
-		real, err := filepath.EvalSymlinks(xml)
-		if err == nil {
-			real, err = filepath.Abs(real)
-		}
-		if err != nil {
-			return nil, err
-		}
-		if !op.policy.covers(real) {
-			return nil, &layers.ImageError{Path: xml, Layer: -1, Offset: -1,
-				Err: fmt.Errorf("%w: a link to outside the directory of the image; --allow-path DIR permits it", layers.ErrPolicy)}
-		}
+	if err := op.mayRead(xml); err != nil {
+		return nil, err
 	}
 	if !st.Mode().IsRegular() {
 		return nil, &layers.ImageError{Path: xml, Layer: 0, Offset: -1, Err: fmt.Errorf("%w: not a regular file", layers.ErrFormat)}
 	}
 	return ploop.ReadDescriptor(xml)
+}
+
+// mayRead refuses a descriptor that is a link out of the allowed directories,
+// unless the user named it.
+func (op *opener) mayRead(xml string) error {
+	if xml == op.named {
+		return nil
+	}
+	real, err := realPath(xml)
+	if err != nil {
+		return err
+	}
+	if !op.policy.covers(real) {
+		return &layers.ImageError{Path: xml, Layer: -1, Offset: -1,
+			Err: fmt.Errorf("%w: a link to outside the directory of the image; --allow-path DIR permits it", layers.ErrPolicy)}
+	}
+	return nil
 }
 
 // guidOf is the GUID of the image at path in the bundle, "" if it is none of
@@ -78,6 +85,9 @@ func guidOf(d *ploop.Descriptor, xml, path string) (string, error) {
 // snapshot down ("" is the current top). named is the GUID of the image that
 // the user named instead of the bundle, "" if it was the bundle.
 func (op *opener) openBundle(xml, snapshot, named string) error {
+	if err := op.mayRead(xml); err != nil {
+		return err
+	}
 	op.xmls = append(op.xmls, xml)
 	writable := op.writableLayer()
 	lock, err := lockBundle(xml, writable)

@@ -53,14 +53,14 @@ func Follow(ctx context.Context, path string, o Options) (*Trace, error) {
 		t.Images[i].Opened, t.Images[i].Size, t.Images[i].Granule = true, l.Size(), l.Granule()
 	}
 	if len(t.Images) == 0 && len(t.Descriptors) == 0 {
-		t.alone(path, o)
+		t.alone(op, path, o)
 	}
 	return t, nil
 }
 
 // alone enters an image whose stack could not even be begun, say because the
 // descriptor beside it is damaged.
-func (t *Trace) alone(path string, o Options) {
+func (t *Trace) alone(op *opener, path string, o Options) {
 	f, err := backend.Open(path, backend.Options{})
 	if err != nil {
 		return // as t.Err says
@@ -76,7 +76,7 @@ func (t *Trace) alone(path string, o Options) {
 	}
 	t.Images = append(t.Images, Traced{Path: path, Format: format})
 	xml := filepath.Join(filepath.Dir(path), ploop.DescriptorName)
-	if _, err := os.Stat(xml); err == nil && format == formatPloop {
+	if _, err := os.Stat(xml); err == nil && format == formatPloop && op.mayRead(xml) == nil {
 		t.Descriptors = append(t.Descriptors, xml)
 	}
 }
