@@ -147,7 +147,7 @@ func (c *check) compare() error {
 		c.readBlock(k, b)
 		c.compareBlock(k, b, from, to)
 		if i%64 == 0 {
-			c.sink.Progress(3, int64(i+1), int64(len(ks)))
+			c.sink.Progress(4, int64(i+1), int64(len(ks)))
 		}
 	}
 	c.stats.ImageEnd = c.counts.lastCluster << c.bits
@@ -169,13 +169,13 @@ func (c *check) leakedMost(ks []int64, b []byte) bool {
 			continue
 		}
 		c.readBlock(k, b)
-		c.diff(k, b, from, to, func(_ int64, have, want uint64, _ uint8) {
-			if want == 0 && have > 0 {
+		c.diff(k, b, from, to, func(cluster int64, have, want uint64, _ uint8) {
+			if want == 0 && have > 0 && cluster < c.clusters {
 				leaked++
 			}
 		})
 	}
-	return leaked > fewLeaks && leaked > c.stats.AllocatedClusters
+	return leaked > fewLeaks && leaked > c.counts.allocated
 }
 
 // fewLeaks is how many clusters may always be called leaks.

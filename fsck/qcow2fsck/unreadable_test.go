@@ -60,3 +60,44 @@ func TestUnreadable(t *testing.T) {
 		plan.Close()
 	}
 }
+
+// TestMapGone: when the L1 table has become zeros, which is a valid one, the
+// disk looks like leaks; -p does not free it, and -y keeps it.
+func TestMapGone(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	dir := t.TempDir()
+	f := openMem(t, damage.Qcow2Image(t, dir, "v3"))
+	head := make([]byte, 8)
+	if _, err := f.ReadAt(head, offL1Offset); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, 4096), int64(be64(head))); err != nil {
+		t.Fatal(err)
+	}
+	before := f.Hash()
+	reps := repair(t, f, options(dir), fsck.DecidePreen, nil)
+	if f.Hash() != before || reps[0].Worst() != fsck.Leak {
+		t.Errorf("-p has freed the disk:\n%s", list(reps[0]))
+	}
+	plan, err := fsck.NewPlan(f, fsck.PlanOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer plan.Close()
+	o := options(dir)
+	o.Plan = plan
+	if _, err := (Checker{}).Check(t.Context(), f, o, fsck.NewCollector(fsck.CollectorOptions{Decide: fsck.DecideAll})); err != nil {
+		t.Fatal(err)
+	}
+	store := &memory{files: map[string]*backend.Mem{}}
+	if _, err := plan.Execute(t.Context(), fsck.ExecuteOptions{Undo: backend.NewMem("undo"), Lost: store}); err != nil {
+		t.Fatal(err)
+	}
+	var kept int64
+	for _, l := range store.files {
+		kept += int64(len(l.Bytes()))
+	}
+	if kept < 2<<20 {
+		t.Errorf("only %d bytes are kept", kept)
+	}
+}
