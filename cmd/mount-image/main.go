@@ -61,6 +61,9 @@ func run(ctx context.Context, f *flags) error {
 	if err != nil {
 		return cli.Usage(err)
 	}
+	if err := beFlusher(f.Foreground); err != nil {
+		return err
+	}
 	daemon := cli.DaemonChild()
 	if daemon == nil && !f.Foreground {
 		return cli.StartDaemon(ctx)
