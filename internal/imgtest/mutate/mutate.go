@@ -1,0 +1,135 @@
+// Package mutate damages disk images where it hurts: in the fields of headers
+// and in table entries, with values that are nearly right. The fuzz targets
+// that compare with QEMU use it.
+//
+// Design note. A script of bytes, which a fuzzer changes freely, is read as a
+// list of edits. Each picks a field that the image really has, found by
+// following its tables, and one of a few kinds of new values, so that almost
+// every script reaches code behind the first check.
+package mutate
+
+import "encoding/binary"
+
+// field is a number in an image.
+type field struct {
+	off, size int
+	big       bool
+}
+
+// Apply changes a copy of an image of the format ("qcow2" or "ploop") as the
+// script says: four bytes for each edit, at most 6 edits.
+func Apply(format string, image, script []byte) []byte {
+	b := append([]byte(nil), image...)
+	for n := 0; len(script) >= 4 && n < 6; n++ {
+		fields := ploopFields
+		if format == "qcow2" {
+			fields = qcow2Fields
+		}
+		if f := fields(b); len(f) > 0 {
+			edit(b, f[(int(script[0])<<8|int(script[1]))%len(f)], f, script[2], script[3])
+		}
+		script = script[4:]
+	}
+	return b
+}
+
+func (f field) get(b []byte) uint64 {
+	var w [8]byte
+	if f.big {
+		copy(w[8-f.size:], b[f.off:f.off+f.size])
+		return binary.BigEndian.Uint64(w[:])
+	}
+	copy(w[:], b[f.off:f.off+f.size])
+	return binary.LittleEndian.Uint64(w[:])
+}
+
+func (f field) put(b []byte, v uint64) {
+	var w [8]byte
+	if f.big {
+		binary.BigEndian.PutUint64(w[:], v)
+		copy(b[f.off:f.off+f.size], w[8-f.size:])
+		return
+	}
+	binary.LittleEndian.PutUint64(w[:], v)
+	copy(b[f.off:f.off+f.size], w[:])
+}
+
+// edit gives f a new value.
+func edit(b []byte, f field, all []field, kind, arg byte) {
+	old := f.get(b)
+	v := old
+	switch kind % 9 {
+	case 0:
+		v ^= 1 << (int(arg) % (8 * f.size))
+	case 1:
+		v += uint64(arg) + 1
+	case 2:
+		v -= uint64(arg) + 1
+	case 3: // what another field says
+		v = all[int(arg)*7%len(all)].get(b)
+	case 4:
+		v = 0
+	case 5:
+		v = ^uint64(0) >> (arg % 64)
+	case 6: // a neighbouring cluster, for many sizes of clusters
+		v += 1 << (9 + arg%10)
+	case 7:
+		v = uint64(len(b)) + uint64(arg) - 128
+	case 8:
+		v = old<<(arg%8) | old>>(8-arg%8)
+	}
+	f.put(b, v)
+}
+
+// inside adds a field that lies in the image.
+func inside(list []field, b []byte, off uint64, size int, big bool) []field {
+	if off > uint64(len(b)) || uint64(len(b))-off < uint64(size) {
+		return list
+	}
+	return append(list, field{int(off), size, big})
+}
+
+// qcow2Fields are the header's, and entries of L1, L2 and refcount tables.
+func qcow2Fields(b []byte) (list []field) {
+	if len(b) < 104 {
+		return nil
+	}
+	for _, f := range [][2]int{{4, 4}, {8, 8}, {16, 4}, {20, 4}, {24, 8}, {32, 4}, {36, 4}, {40, 8}, {48, 8}, {56, 4}, {60, 4}, {64, 8}, {72, 8}, {80, 8}, {88, 8}, {96, 4}, {100, 4}} {
+		list = inside(list, b, uint64(f[0]), f[1], true)
+	}
+	be := binary.BigEndian
+	const place = 0x00fffffffffffe00
+	table := func(at uint64, n int, do func(entry uint64)) {
+		for i := range uint64(n) {
+			before := len(list)
+			list = inside(list, b, at+8*i, 8, true)
+			if len(list) > before && do != nil {
+				do(be.Uint64(b[at+8*i:]) & place)
+			}
+		}
+	}
+	table(be.Uint64(b[40:])&place, 4, func(l2 uint64) {
+		if l2 != 0 {
+			table(l2, 24, nil)
+		}
+	})
+	table(be.Uint64(b[48:])&place, 2, func(block uint64) {
+		for i := range uint64(16) {
+			if block != 0 {
+				list = inside(list, b, block+2*i, 2, true)
+			}
+		}
+	})
+	return list
+}
+
+// ploopFields are the header's and the first entries of the BAT.
+func ploopFields(b []byte) (list []field) {
+	for _, f := range [][2]int{{16, 4}, {20, 4}, {24, 4}, {28, 4}, {32, 4}, {36, 8}, {44, 4}, {48, 4}, {52, 4}, {56, 8}} {
+		list = inside(list, b, uint64(f[0]), f[1], false)
+	}
+	for i := range uint64(24) {
+		list = inside(list, b, 64+4*i, 4, false)
+	}
+	return list
+}
