@@ -182,6 +182,33 @@ func TestLostClusterIsKept(t *testing.T) {
 	}
 }
 
+// TestLostBATIsNotGivenBack: a BAT of zeros is a valid one, and then the whole
+// disk looks like leaks. -p leaves it alone, -y keeps the content.
+func TestLostBATIsNotGivenBack(t *testing.T) {
+	const k, n = 64 << 10, 40
+	mapped := make([]int, n)
+	for i := range mapped {
+		mapped[i] = i
+	}
+	p := damage.NewPloop(2, k, n, mapped...)
+	sound := bytes.Clone(p.B)
+	clear(p.B[64 : 64+4*n])
+	f := backend.NewMemBytes("image", p.B)
+	res, _, _ := repair(t, checker, f, fsck.DecidePreen, fsck.Options{})
+	if size, _ := f.Size(); size != int64(len(sound)) || res.Left.Worst() != fsck.Leak {
+		show(t, "after -p", res.Left)
+		t.Errorf("-p left %d bytes of %d", size, len(sound))
+	}
+	_, _, lost := repair(t, checker, f, fsck.DecideAll, fsck.Options{})
+	kept := 0
+	for _, l := range lost {
+		kept += len(l.Bytes())
+	}
+	if kept < n*k {
+		t.Errorf("-y kept %d bytes of %d", kept, n*k)
+	}
+}
+
 // TestNeighbours: one bad entry in a row of good ones gets its cluster back.
 func TestNeighbours(t *testing.T) {
 	for version := 1; version <= 2; version++ {

@@ -107,7 +107,12 @@ func (c *check) suspectLeaks(end int64) error {
 	if !c.space.single {
 		return nil // gaps are not touched then
 	}
-	// Of more gaps than there is room for, the undo file has the rest.
+	return c.keepGaps()
+}
+
+// keepGaps copies what is in the unused clusters inside the file into
+// lost+found. Of more gaps than there is room for, the undo file has the rest.
+func (c *check) keepGaps() error {
 	var err error
 	c.eachGap(c.lastUsed(), func(start, stop int64) bool {
 		var room bool
@@ -116,6 +121,9 @@ func (c *check) suspectLeaks(end int64) error {
 	})
 	return err
 }
+
+// fewLeaks is how many clusters may always be called leaks.
+const fewLeaks = 16
 
 // leaksHoldData reports whether there is anything but holes in the unused
 // clusters of the window and behind end.
@@ -151,9 +159,22 @@ func (c *check) freeLeaks(end, tail int64, ragged bool) error {
 			cut = whole
 		}
 	}
+	// When most of the file is used by nothing it is likely that entries are
+	// gone without a trace (a BAT of zeros is a valid one), and what is called
+	// leaks is the disk.
+	level, first := fsck.Preen, ""
+	most := tail+c.space.inner > fewLeaks && tail+c.space.inner > c.stats.AllocatedClusters
+	if most {
+		level, first = fsck.Full, "copy their content into lost+found and "
+	}
 	if tail > 0 && offer(fsck.Finding{Code: codeLeakTail, Place: fsck.Place{Offset: end},
-		Text: fmt.Sprintf("%d clusters at the end of the file", tail)}, fsck.Preen, "cut them off") {
+		Text: fmt.Sprintf("%d clusters at the end of the file", tail)}, level, first+"cut them off") {
 		cut = end
+		if most {
+			if _, err := c.keep(-1, end, c.eof-end); err != nil {
+				return err
+			}
+		}
 	}
 	if c.space.inner > 0 {
 		moves := c.space.inner
@@ -162,7 +183,6 @@ func (c *check) freeLeaks(end, tail int64, ragged bool) error {
 		}
 		f := fsck.Finding{Code: codeLeakInner, Place: fsck.Place{Offset: c.space.firstGap * c.cluster},
 			Text: fmt.Sprintf("%d clusters in %d places inside the file", c.space.inner, c.space.gaps)}
-		level := fsck.Preen
 		if moves > maxQuiet/c.cluster {
 			level = fsck.Full
 		}
@@ -171,9 +191,15 @@ func (c *check) freeLeaks(end, tail int64, ragged bool) error {
 			f.Severity, fixable = fsck.Note, false
 		}
 		fixable = fixable && c.damaged.Load() == 0
-		if offer(f, level, "move clusters from the end of the file into them") {
+		if offer(f, level, first+"move clusters from the end of the file into them") {
 			var err error
-			if cut, err = c.pack(); err != nil {
+			if most {
+				err = c.keepGaps()
+			}
+			if err == nil {
+				cut, err = c.pack()
+			}
+			if err != nil {
 				return err
 			}
 		}
