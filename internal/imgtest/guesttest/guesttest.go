@@ -23,10 +23,26 @@ func Require(t testing.TB, tools ...string) {
 	imgtest.Require(t, append([]string{"mount", "umount", "findmnt"}, tools...)...)
 }
 
+// scratch is a directory for images: in memory where there is such a place,
+// because mounted filesystems sync often.
+func scratch(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "guesttest")
+	if err != nil {
+		return t.TempDir()
+	}
+	t.Cleanup(func() {
+		if err := os.RemoveAll(dir); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir
+}
+
 // Image makes an empty file of size bytes and returns its path.
 func Image(t testing.TB, size int64) string {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "disk")
+	path := filepath.Join(scratch(t), "disk")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -54,13 +70,20 @@ func Mount(t testing.TB, path string, options ...string) (dir string, umount fun
 	return dir, umount
 }
 
-// Copy copies the image as it is at this moment, holes kept, and returns the
-// path of the copy.
+// Copy copies the image as it is at one moment, holes kept, and returns the
+// path of the copy. A mounted filesystem may write meanwhile: a copy that still
+// equals the image afterwards is that of the moment between the two readings.
 func Copy(t testing.TB, path string) string {
 	t.Helper()
-	to := filepath.Join(t.TempDir(), "copy")
-	imgtest.Run(t, "cp", "--sparse=always", path, to)
-	return to
+	to := filepath.Join(scratch(t), "copy")
+	for range 20 {
+		imgtest.Run(t, "cp", "--sparse=always", path, to)
+		if exit, _ := imgtest.Try(t, "cmp", "-s", path, to); exit == 0 {
+			return to
+		}
+	}
+	t.Fatalf("%s does not stay the same for as long as a copy takes", path)
+	return ""
 }
 
 // Age creates, extends and deletes files of up to largest bytes at random
