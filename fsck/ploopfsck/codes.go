@@ -138,10 +138,10 @@ var (
 		"-p and -y cut it off.")
 	codeLeakTail = fsck.Register("ploop.leak.tail", fsck.Leak,
 		"Clusters at the end of the file are used by nothing.",
-		"-p and -y cut them off.")
+		"-p and -y cut them off. When more clusters are unused than used only -y does, and copies them into lost+found first: entries may be gone without a trace.")
 	codeLeakInner = fsck.Register("ploop.leak.inner", fsck.Leak,
 		"Clusters inside the file are used by nothing.",
-		"-p and -y move clusters from the end of the file into them and shorten it, -p up to 1 GiB. Where there is a format extension, or more than fits into the memory allowed, they stay and are only noted; image-compact gives them back.")
+		"-p and -y move clusters from the end of the file into them and shorten it, -p up to 1 GiB and only while fewer are unused than used. Where there is a format extension, or more than fits into the memory allowed, they stay and are only noted; image-compact gives them back.")
 	codeLeakSuspect = fsck.Register("ploop.leak.suspect", fsck.Leak,
 		"Clusters are used by nothing, and entries of the BAT are damaged: the clusters may be those that the entries have lost.",
 		"-y copies them into lost+found. They are given back after that.")
