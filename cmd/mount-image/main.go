@@ -52,7 +52,12 @@ func run(ctx context.Context, f *flags) error {
 		if f.Image == "" || f.Dir != "" {
 			return cli.Usage(errors.New("-u wants one directory"))
 		}
-		return interruptible(ctx, func() error { return unmount(ctx, f.Image, f.Force) })
+		return interruptible(ctx, func() error {
+			if f.Force {
+				return unmountForced(ctx, f.Image)
+			}
+			return unmount(ctx, f.Image, false)
+		})
 	}
 	if f.Image == "" || f.Dir == "" {
 		return cli.Usage(errors.New("want an image and a directory"))

@@ -1,0 +1,47 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/mounttab"
+)
+
+// unmountForced is mount-image -u --force. A server that does not answer (its
+// disk hangs, or it was stopped) gets forcePatience; then its mount is aborted,
+// which ends every system call that waits for it, and the rest is cleaned up
+// as after a dead server. What was not synced may be lost, and that is an
+// error.
+func unmountForced(ctx context.Context, arg string) error {
+	done := make(chan error, 1)
+	go func() { done <- unmount(ctx, arg, true) }()
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	case <-time.After(forcePatience + 2*time.Second): // it has a patience of its own
+	}
+	// To look at the directory itself would be to ask the server.
+	parent, err := mounttab.Resolve(filepath.Dir(filepath.Clean(arg)))
+	if err != nil {
+		return err
+	}
+	dir := filepath.Join(parent, filepath.Base(filepath.Clean(arg)))
+	err = unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH)
+	if err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: it has gone
+		return cli.WithHint(fmt.Errorf("%s: the server does not answer, and the mount cannot be aborted: %w", arg, err),
+			"kill the server, or do it as root")
+	}
+	select {
+	case <-done: // what it says of an aborted mount helps nobody
+	case <-time.After(forcePatience):
+	}
+	return fmt.Errorf("%s: the server did not answer, and the mount was aborted: what was not synced may be lost", arg)
+}
