@@ -58,7 +58,7 @@ crash:
 
 soak:
 	scripts/deps test bench
-	IMAGESTACK_REQUIRE=all $(GO) test ./test -count=1 -timeout 24h -v -run '^(TestLocksUnderFire|TestSoak)$$' -locks.starts 1000 -soak.time $(SOAKTIME)
+	IMAGESTACK_REQUIRE=all $(GO) test -tags soak ./test -count=1 -timeout 24h -v -run '^(TestLocksUnderFire|TestSoak)$$' -locks.starts 1000 -soak.time $(SOAKTIME)
 
 fuzz:
 	scripts/fuzz $(FUZZTIME)

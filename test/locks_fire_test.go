@@ -38,7 +38,7 @@ func TestLocksUnderFire(t *testing.T) {
 type fire struct {
 	format, image                string
 	started, got, refused, ended atomic.Int64
-	killed, missed               atomic.Int64
+	killed                       atomic.Int64
 	value                        atomic.Int64
 	mu                           sync.Mutex
 	faults                       []string

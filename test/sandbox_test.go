@@ -75,7 +75,8 @@ func attacked(t *testing.T, env []string, done func() bool, args ...string) map[
 				continue
 			} else {
 				_ = cmd.Process.Kill()
-				<-ended
+				err := <-ended
+				_ = err // it was killed
 				t.Fatalf("%q: not ready after a minute\n%s", args, log)
 			}
 		}

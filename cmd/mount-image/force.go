@@ -40,7 +40,8 @@ func unmountForced(ctx context.Context, arg string) error {
 			"kill the server, or do it as root")
 	}
 	select {
-	case <-done: // what it says of an aborted mount helps nobody
+	case err := <-done:
+		_ = err // what it says of an aborted mount helps nobody
 	case <-time.After(forcePatience):
 	}
 	return fmt.Errorf("%s: the server did not answer, and the mount was aborted: what was not synced may be lost", arg)

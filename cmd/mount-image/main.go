@@ -17,7 +17,7 @@ type flags struct {
 	cli.Common
 	cli.ImageFlags
 	cli.SandboxFlags
-	Uid        string   `placeholder:"USER" help:"Let the server run as this user (root)."`
+	UID        string   `name:"uid" placeholder:"USER" help:"Let the server run as this user (root)."`
 	Write      bool     `short:"w" help:"Make the disk writable; the image changes."`
 	Scratch    bool     `help:"Make the disk writable into a throw-away layer; the image does not change."`
 	Foreground bool     `short:"f" help:"Stay in the foreground."`

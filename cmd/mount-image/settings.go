@@ -118,7 +118,7 @@ func (s *settings) isolation(f *flags, o *mountopt.Options) (err error) {
 	default:
 		return fmt.Errorf("sandbox %q: want auto, require or off", s.sandbox)
 	}
-	name := f.Uid
+	name := f.UID
 	if o.RunAs != "" {
 		name = o.RunAs
 	}

@@ -17,11 +17,23 @@ import (
 func Umount(t testing.TB, dir string) {
 	t.Helper()
 	device := strings.TrimSpace(string(Run(t, "findmnt", "-n", "-o", "SOURCE", "--mountpoint", dir)))
-	Run(t, "umount", dir)
+	deadline := time.Now().Add(time.Minute)
+	for {
+		exit, out := Try(t, "umount", dir)
+		if exit == 0 {
+			break
+		}
+		// Between fork and exec a child that another goroutine starts still
+		// has our files open.
+		if !strings.Contains(out, "busy") || time.Now().After(deadline) {
+			t.Fatalf("umount %s: exit %d\n%s", dir, exit, out)
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	if st, err := os.Stat(device); err != nil || st.Mode()&os.ModeDevice == 0 {
 		return
 	}
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(10 * time.Millisecond) {
+	for ; ; time.Sleep(10 * time.Millisecond) {
 		// The kernel grants this to nobody while the device is mounted.
 		f, err := os.OpenFile(device, os.O_RDONLY|unix.O_EXCL, 0)
 		if err == nil {

@@ -441,10 +441,10 @@ func eval(p []unix.SockFilter, nr, arch uint32, args [6]uint64) uint32 {
 		}
 		switch i.Code {
 		case unix.BPF_LD | unix.BPF_W | unix.BPF_ABS:
-			switch {
-			case i.K == dataNr:
+			switch i.K {
+			case dataNr:
 				a = nr
-			case i.K == dataArch:
+			case dataArch:
 				a = arch
 			default:
 				n := (i.K - dataArgs) / 8

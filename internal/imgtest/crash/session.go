@@ -195,8 +195,10 @@ type Guest struct {
 	e   layers.Editor
 }
 
-// Size is the length of the disk, Granule the size of a cluster.
-func (g *Guest) Size() int64    { return g.e.Size() }
+// Size is the length of the disk in bytes.
+func (g *Guest) Size() int64 { return g.e.Size() }
+
+// Granule is the size of a cluster in bytes.
 func (g *Guest) Granule() int64 { return g.e.Granule() }
 
 // Write writes n bytes that were never written before at off.

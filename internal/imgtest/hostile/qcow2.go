@@ -81,7 +81,7 @@ func (q qcow2) dataFile(name string) qcow2 {
 	q.set64(72, 1<<2)
 	q.set64(88, 1<<1) // raw
 	q.ext(extOff, 0x44415441, name)
-	q.set64(l2Off, copied|0)
+	q.set64(l2Off, copied)
 	return q
 }
 
