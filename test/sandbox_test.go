@@ -13,7 +13,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -161,21 +160,6 @@ func served(dir string) bool {
 	return err == nil
 }
 
-// pidOfServer is the process that serves the mount on dir.
-func pidOfServer(t *testing.T, dir string) int {
-	t.Helper()
-	buf := make([]byte, 16)
-	n, err := syscall.Getxattr(dir, "user.imagestack.pid", buf)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pid, err := strconv.Atoi(string(buf[:n]))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pid
-}
-
 // statusOf is /proc/PID/status of every thread, by field; threads must agree.
 func statusOf(t *testing.T, pid int) map[string]string {
 	t.Helper()
@@ -240,7 +224,7 @@ func TestSandboxWorks(t *testing.T) {
 					args = append(args, "--uid", user)
 				}
 				loop := strings.TrimSpace(string(imgtest.Run(t, "mount-image", append(args, image, m)...)))
-				server := pidOfServer(t, m)
+				server := serverPID(t, m)
 				status := statusOf(t, server)
 				uid := "0\t0\t0\t0"
 				if user != "" {
@@ -281,7 +265,7 @@ func TestSandboxWorks(t *testing.T) {
 					t.Errorf("the file is not what it was (%v)", err)
 				}
 				imgtest.Run(t, "umount", guest)
-				server = pidOfServer(t, m)
+				server = serverPID(t, m)
 				if err := unix.Kill(server, unix.SIGTERM); err != nil {
 					t.Fatal(err)
 				}
@@ -367,7 +351,7 @@ func TestKeeper(t *testing.T) {
 		t.Run(victim, func(t *testing.T) {
 			m := t.TempDir()
 			imgtest.Run(t, "mount-image", "-w", "--sandbox=require", image, m)
-			server := pidOfServer(t, m)
+			server := serverPID(t, m)
 			keepers := children(t, server)
 			if len(keepers) != 1 {
 				t.Fatalf("%v", keepers)
