@@ -24,10 +24,16 @@ import (
 
 var soakTime = flag.Duration("soak.time", 30*time.Minute, "how long TestSoak goes on")
 
-// The memory that the guest's programs, their page cache and the server have
-// together, in bytes: less than the files, so that the kernel must write back
-// through the server in order to get any.
+// The memory that the guest's programs and their page cache have, in bytes:
+// less than the files, so that the kernel must write back through the server in
+// order to get any. The server is in the same group where the kernel lets it be
+// an I/O flusher, and elsewhere in one of its own with the same limit, which
+// holds its page cache of the image as well.
 const soakMemory = 160 << 20
+
+// soakPatience is how long one round of fio may take: many times what it takes
+// on a busy machine.
+const soakPatience = 4 * time.Minute
 
 // TestSoak uses a loop-mounted guest filesystem hard and for a long time: fio
 // writes and verifies, in little memory, while the server is stopped and
@@ -48,13 +54,13 @@ func soak(t *testing.T, f format, length time.Duration) {
 	imgtest.Run(t, "mkfs.ext4", "-q", m.loop)
 	guest, umount := mountGuest(t, m.loop, "rw")
 	server := serverPID(t, m.dir)
-	group := newMemoryGroup(t, soakMemory)
-	where := "with the server in the same limit"
-	if isFlusher(t, server) {
-		group.add(t, server)
-	} else {
-		where = "with the server outside of the limit (it lacks CAP_SYS_RESOURCE)"
+	group := newMemoryGroup(t, "guest", soakMemory)
+	where, home := "the server in the same limit", group
+	if !isFlusher(t, server) {
+		where = "the server in a limit of its own of the same size (it lacks CAP_SYS_RESOURCE)"
+		home = newMemoryGroup(t, "server", soakMemory)
 	}
+	home.add(t, server)
 
 	keep := filepath.Join(guest, "keep")
 	want := imgtest.PatternBytes(1, 0, 24<<20)
@@ -65,10 +71,10 @@ func soak(t *testing.T, f format, length time.Duration) {
 	ctx, cancel := context.WithDeadline(context.Background(), end)
 	defer cancel()
 	stops := 0
-	var sizes []int64
+	var sizes, open []int64
 	var wg sync.WaitGroup
 	wg.Go(func() { stops = stopAndGo(ctx, server) })
-	wg.Go(func() { sizes = watchMemory(ctx, server) })
+	wg.Go(func() { sizes, open = watch(ctx, server) })
 	defer func() { // whatever happens, it must not stay stopped
 		cancel()
 		wg.Wait()
@@ -91,13 +97,20 @@ func soak(t *testing.T, f format, length time.Duration) {
 	}
 	cancel()
 	wg.Wait()
-	noGrowth(t, sizes)
+	noGrowth(t, "memory", sizes, 16<<20)
+	noGrowth(t, "descriptors and threads", open, 16)
+	reached, refused := home.pressure(t)
+	guestReached, guestRefused := group.pressure(t)
 	umount()
 	imgtest.Run(t, "e2fsck", "-fn", m.loop)
 	m.unmount()
 	f.check(t, image, false)
-	fmt.Printf("soak: %s: %v, %d rounds of fio (%d MiB written and verified), %d stops of the server, %d trims, memory of the server %d to %d MiB, limit %d MiB, %s\n",
-		f.name, length.Round(time.Second), rounds, moved>>20, stops, trimmed, minOf(sizes)>>20, maxOf(sizes)>>20, soakMemory>>20, where)
+	fmt.Printf("soak: %s: %v, %d rounds of fio (%d MiB written and verified), %d stops of the server, %d trims; memory of the server %d to %d MiB, its descriptors and threads %d to %d; limit %d MiB, %s; most memory and times at the limit: guest %d MiB, %d, server %d MiB, %d; no difference\n",
+		f.name, length.Round(time.Second), rounds, moved>>20, stops, trimmed, minOf(sizes)>>20, maxOf(sizes)>>20, minOf(open), maxOf(open),
+		soakMemory>>20, where, guestReached>>20, guestRefused, reached>>20, refused)
+	if guestRefused == 0 {
+		t.Error("the guest never came to its limit: the soak shows nothing")
+	}
 }
 
 // fioRound runs one job that writes and then verifies all of it, in the
@@ -115,7 +128,7 @@ func fioRound(t *testing.T, g *memoryGroup, guest string, round int, rng *rand.R
 			t.Fatal(err)
 		}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), soakPatience)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, "sh", append([]string{"-c", `echo $$ >"$0" && exec fio "$@"`, g.procs()}, args...)...)
 	cmd.WaitDelay = 5 * time.Second
@@ -170,22 +183,29 @@ func stopAndGo(ctx context.Context, pid int) (stops int) {
 	return stops
 }
 
-// watchMemory is the anonymous memory of the server, each half second.
-func watchMemory(ctx context.Context, pid int) (sizes []int64) {
+// watch is the anonymous memory of the server and its number of descriptors and
+// threads, each half second.
+func watch(ctx context.Context, pid int) (sizes, open []int64) {
+	proc := fmt.Sprintf("/proc/%d", pid)
 	for {
-		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		status, err := os.ReadFile(proc + "/status")
 		if err != nil {
-			return sizes
+			return sizes, open
 		}
 		for line := range strings.Lines(string(status)) {
 			if f := strings.Fields(line); len(f) == 3 && f[0] == "RssAnon:" {
-				n, _ := strconv.ParseInt(f[1], 10, 64)
+				n, _ := strconv.ParseInt(f[1], 10, 64) // the kernel prints numbers
 				sizes = append(sizes, n<<10)
 			}
 		}
+		fds, err1 := os.ReadDir(proc + "/fd")
+		threads, err2 := os.ReadDir(proc + "/task")
+		if err1 == nil && err2 == nil {
+			open = append(open, int64(len(fds)+len(threads)))
+		}
 		select {
 		case <-ctx.Done():
-			return sizes
+			return sizes, open
 		case <-time.After(500 * time.Millisecond):
 		}
 	}
@@ -193,15 +213,15 @@ func watchMemory(ctx context.Context, pid int) (sizes []int64) {
 
 // noGrowth compares the second quarter of the time with the last: a leak goes
 // on, a cache fills up.
-func noGrowth(t *testing.T, sizes []int64) {
+func noGrowth(t *testing.T, what string, sizes []int64, slack int64) {
 	t.Helper()
 	n := len(sizes)
 	if n < 8 {
 		return
 	}
 	early, late := maxOf(sizes[n/4:n/2]), maxOf(sizes[3*n/4:])
-	if late > early+early/2+16<<20 {
-		t.Errorf("the server's memory grows: %d MiB, later %d MiB", early>>20, late>>20)
+	if late > early+early/2+slack {
+		t.Errorf("of the server's %s there is more and more: %d, later %d", what, early, late)
 	}
 }
 
@@ -248,9 +268,9 @@ func isFlusher(t *testing.T, pid int) bool {
 // memoryGroup is a cgroup, of either version, with a limit of memory.
 type memoryGroup struct{ dir string }
 
-func newMemoryGroup(t *testing.T, limit int64) *memoryGroup {
+func newMemoryGroup(t *testing.T, of string, limit int64) *memoryGroup {
 	t.Helper()
-	name := fmt.Sprintf("imagestack-soak-%d", os.Getpid())
+	name := fmt.Sprintf("imagestack-soak-%s-%d", of, os.Getpid())
 	for root, file := range map[string]string{"/sys/fs/cgroup/memory": "memory.limit_in_bytes", "/sys/fs/cgroup": "memory.max"} {
 		g := &memoryGroup{filepath.Join(root, name)}
 		if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err != nil {
@@ -278,6 +298,27 @@ func (g *memoryGroup) add(t *testing.T, pid int) {
 	if err := os.WriteFile(g.procs(), []byte(strconv.Itoa(pid)), 0); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// pressure is the most memory the group ever had, in bytes, and how often it
+// came to its limit.
+func (g *memoryGroup) pressure(t *testing.T) (most, refused int64) {
+	t.Helper()
+	for _, name := range []string{"memory.max_usage_in_bytes", "memory.peak"} {
+		if b, err := os.ReadFile(filepath.Join(g.dir, name)); err == nil {
+			most, _ = strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64) // the kernel prints numbers
+		}
+	}
+	if b, err := os.ReadFile(filepath.Join(g.dir, "memory.failcnt")); err == nil {
+		refused, _ = strconv.ParseInt(strings.TrimSpace(string(b)), 10, 64)
+	} else if b, err := os.ReadFile(filepath.Join(g.dir, "memory.events")); err == nil {
+		for line := range strings.Lines(string(b)) {
+			if f := strings.Fields(line); len(f) == 2 && f[0] == "max" {
+				refused, _ = strconv.ParseInt(f[1], 10, 64)
+			}
+		}
+	}
+	return most, refused
 }
 
 // remove takes the group away; who is still in it goes back to the root.
