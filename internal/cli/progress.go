@@ -21,6 +21,7 @@ type Progress struct {
 	shown int       // columns of the bar on the screen
 	last  time.Time // of the last output
 	step  map[string]int64
+	rate  rate
 }
 
 // NewProgress returns what --progress mode asks for: auto (a bar on a
@@ -61,14 +62,19 @@ func (p *Progress) Update(label string, done, total int64) {
 	if p == nil || total <= 0 {
 		return
 	}
-	done = max(0, min(done, total))
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	p.update(label, "", done, total)
+}
+
+// update shows a label with something behind it that changes.
+func (p *Progress) update(label, more string, done, total int64) {
+	done = max(0, min(done, total))
 	if p.plain {
 		step := 10 * done / total
 		if old, ok := p.step[label]; !ok || step > old {
 			p.step[label] = step
-			fmt.Fprintf(p.w, "%s: %d%%\n", label, 10*step)
+			fmt.Fprintf(p.w, "%s: %d%%%s\n", label, 10*step, more)
 		}
 		return
 	}
@@ -79,7 +85,7 @@ func (p *Progress) Update(label string, done, total int64) {
 	p.last = now
 	const bar = 30
 	room := max(p.width-bar-9, 8)
-	name := []rune(label)
+	name := []rune(label + more)
 	if len(name) > room {
 		name = append([]rune("…"), name[len(name)-room+1:]...)
 	}
