@@ -10,10 +10,11 @@ import (
 
 // dropPrivileges sets no_new_privs, becomes the user and drops every
 // capability but the one that lets root open the files of others, until Seal.
-func dropPrivileges(u *User, write bool) error {
+func dropPrivileges(p Policy) error {
+	u := p.User
 	have := cap.GetProc()
 	keep := cap.NewSet()
-	for _, v := range openers(write) {
+	for _, v := range openers(p) {
 		if ok, err := have.GetFlag(cap.Permitted, v); err == nil && ok {
 			if err := keep.SetFlag(cap.Permitted, true, v); err != nil {
 				return err
@@ -48,9 +49,13 @@ func dropPrivileges(u *User, write bool) error {
 	return err
 }
 
-// openers are the capabilities by which root opens what belongs to others.
-func openers(write bool) []cap.Value {
-	if write {
+// openers are the capabilities by which root opens what belongs to others. A
+// program of somebody else's gets none.
+func openers(p Policy) []cap.Value {
+	switch {
+	case len(p.Exec) > 0:
+		return nil
+	case len(p.Write)+len(p.Change) > 0:
 		return []cap.Value{cap.DAC_OVERRIDE}
 	}
 	return []cap.Value{cap.DAC_READ_SEARCH}

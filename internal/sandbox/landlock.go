@@ -16,6 +16,7 @@ const (
 	readDir   = readFile | ll.AccessFSReadDir
 	writeFile = ll.AccessFSWriteFile | ll.AccessFSTruncate
 	writeDir  = writeFile | ll.AccessFSMakeReg
+	changeDir = writeDir | ll.AccessFSMakeDir | ll.AccessFSRemoveFile
 )
 
 // signalErratum is set where threads of one process may always signal each
@@ -35,10 +36,13 @@ func restrictFiles(p Policy) error {
 	for _, path := range p.List {
 		rules = append(rules, landlock.PathAccess(ll.AccessFSReadDir, path))
 	}
+	for _, path := range p.Exec {
+		rules = append(rules, landlock.PathAccess(ll.AccessFSExecute|ll.AccessFSReadFile, path))
+	}
 	for _, set := range []struct {
 		paths     []string
 		file, dir landlock.AccessFSSet
-	}{{p.Read, readFile, readDir}, {p.Write, readFile | writeFile, readDir | writeDir}} {
+	}{{p.Read, readFile, readDir}, {p.Write, readFile | writeFile, readDir | writeDir}, {p.Change, readFile | writeFile, readDir | changeDir}} {
 		for _, path := range set.paths {
 			st, err := os.Stat(path)
 			if err != nil {

@@ -54,6 +54,12 @@ type Policy struct {
 	List  []string // directories whose names may be read
 	Read  []string // directories and files that may be read
 	Write []string // directories and files that may be written; in directories regular files may be made
+	// Change are directories in which files and directories may also be made,
+	// renamed and removed, and the permissions of files changed.
+	Change []string
+	// Exec are the programs that may be run, instead of the present one: the
+	// file itself, and what loads it. nil is none. Processes cannot be made.
+	Exec []string
 	// User to become; nil stays.
 	User *User
 }
@@ -99,7 +105,7 @@ func Confine(p Policy) (warnings []string, err error) {
 		warnings = append(warnings, fmt.Sprintf("sandbox: %s: %v; going on with less isolation", what, err))
 		return nil
 	}
-	if err := dropPrivileges(p.User, len(p.Write) > 0); err != nil {
+	if err := dropPrivileges(p); err != nil {
 		if p.User != nil {
 			return nil, err
 		}
@@ -112,7 +118,7 @@ func Confine(p Policy) (warnings []string, err error) {
 			return nil, err
 		}
 	}
-	if err := install(confineRules()); err != nil {
+	if err := install(confineRules(p)); err != nil {
 		if err := missing("seccomp", err); err != nil {
 			return nil, err
 		}

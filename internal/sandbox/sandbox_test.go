@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -174,10 +175,28 @@ func attempts(dir string) map[string]string {
 	file("write proc", "/proc/self/mem", os.O_RDWR)
 	file("device", "/dev/null", os.O_RDWR)
 	try("unlink", os.Remove(dir+"/write/none"))
+	for _, where := range []string{"write", "change"} {
+		fd, err := unix.Open(dir+"/"+where+"/setuid", unix.O_RDWR|unix.O_CREAT|unix.O_CLOEXEC, 0o4755)
+		if err == nil {
+			_ = unix.Close(fd)
+		}
+		try("setuid in "+where, err)
+		try("chmod in "+where, os.Chmod(dir+"/"+where+"/file", 0o640))
+		try("chmod setuid in "+where, unix.Fchmodat(unix.AT_FDCWD, dir+"/"+where+"/file", 0o4755, 0))
+	}
+	name := fmt.Sprintf("%s/change/of-thread-%d", dir, unix.Gettid())
+	try("mkdir in change", os.Mkdir(name+".dir", 0o700))
+	err := os.WriteFile(name, nil, 0o600)
+	if err == nil {
+		err = os.Rename(name, name+".new")
+	}
+	try("rename in change", err)
+	try("remove in change", os.Remove(name+".new"))
+	try("mkdir in write", os.Mkdir(strings.Replace(name, "change", "write", 1), 0o700))
 	try("truncate elsewhere", os.Truncate(dir+"/file", 1))
 	try("exec", exec.Command("/bin/true").Run())
 	try("execve", unix.Exec("/bin/true", []string{"true"}, nil))
-	_, err := net.DialTimeout("tcp", "127.0.0.1:1", time.Second)
+	_, err = net.DialTimeout("tcp", "127.0.0.1:1", time.Second)
 	try("tcp", err)
 	_, err = unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM, 0)
 	try("socket", err)
@@ -231,7 +250,7 @@ func run(t *testing.T, p func(dir string) Policy, seal bool) map[string]string {
 func start(t *testing.T, p func(dir string) Policy, j job) (exit int, out, errOut string) {
 	t.Helper()
 	dir := t.TempDir()
-	for _, name := range []string{"read/file", "read/sub/file", "list/file", "write/file", "file"} {
+	for _, name := range []string{"read/file", "read/sub/file", "list/file", "write/file", "change/file", "file"} {
 		if err := os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -341,6 +360,9 @@ func policy(dir string) Policy {
 func TestConfine(t *testing.T) {
 	requireSandbox(t)
 	want := everywhere(map[string]string{
+		"setuid in write": "EPERM", "setuid in change": "EPERM", "chmod in write": "EPERM", "chmod in change": "EPERM",
+		"mkdir in write": "EACCES", "mkdir in change": "EACCES", "rename in change": "EACCES", "remove in change": "EACCES|ENOENT",
+		"chmod setuid in write": "EPERM", "chmod setuid in change": "EPERM",
 		"read in read": "", "write in read": "EACCES", "make in read": "EACCES", "read below read": "", "list read": "",
 		"list list": "", "read in list": "EACCES",
 		"read in write": "", "write in write": "", "make in write": "",
@@ -360,11 +382,29 @@ func TestSeal(t *testing.T) {
 	for _, what := range []string{
 		"read in read", "write in read", "make in read", "read below read", "list read", "list list", "read in list",
 		"read in write", "write in write", "make in write", "read file", "read link out", "read elsewhere", "read proc",
-		"write proc", "device", "unlink", "truncate elsewhere",
+		"write proc", "device", "unlink", "truncate elsewhere", "setuid in write", "setuid in change", "chmod in write",
+		"chmod in change", "chmod setuid in write", "chmod setuid in change", "mkdir in write", "mkdir in change", "rename in change", "remove in change",
 	} {
 		want[what] = "EPERM"
 	}
 	check(t, run(t, policy, true), want)
+}
+
+// Where files may be changed they may be made, renamed, removed and given
+// permissions, but not those of a program that runs as its owner.
+func TestChange(t *testing.T) {
+	requireSandbox(t)
+	got := run(t, func(dir string) Policy {
+		return Policy{Mode: Require, Change: []string{dir + "/change"}}
+	}, false)
+	for what, want := range map[string]string{
+		"mkdir in change": "", "rename in change": "", "remove in change": "", "chmod in change": "",
+		"setuid in change": "EPERM", "chmod setuid in change": "EPERM", "mkdir in write": "EACCES", "exec": "EACCES|EPERM", "execve": "EPERM",
+	} {
+		if g := got[what]; g != want && !slices.Contains(strings.Split(want, "|"), g) {
+			t.Errorf("%s: %q, want %q", what, g, want)
+		}
+	}
 }
 
 // Another user still opens what root was asked to open, until Seal.
@@ -466,7 +506,7 @@ func eval(p []unix.SockFilter, nr, arch uint32, args [6]uint64) uint32 {
 
 func TestFilter(t *testing.T) {
 	refused := func(e unix.Errno) uint32 { return unix.SECCOMP_RET_ERRNO | uint32(e) }
-	p := compile(append(confineRules(), sealRules()...))
+	p := compile(append(confineRules(Policy{}), sealRules()...))
 	if len(p) > unix.BPF_MAXINSNS {
 		t.Errorf("%d instructions", len(p))
 	}

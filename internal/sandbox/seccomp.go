@@ -94,16 +94,16 @@ func all(numbers ...uint32) []rule {
 }
 
 // confineRules refuse what no program that only reads and writes images does.
-func confineRules() []rule {
+func confineRules(policy Policy) []rule {
 	rules := all(
 		// Programs and processes. clone is for threads only; clone3, whose
 		// flags no filter can see, is said not to exist, and libraries then
 		// use clone.
-		unix.SYS_EXECVE, unix.SYS_EXECVEAT,
+		unix.SYS_EXECVEAT,
 		// Other processes.
 		unix.SYS_PTRACE, unix.SYS_PROCESS_VM_READV, unix.SYS_PROCESS_VM_WRITEV, unix.SYS_PROCESS_MADVISE,
 		unix.SYS_KCMP, unix.SYS_PIDFD_OPEN, unix.SYS_PIDFD_GETFD, unix.SYS_PIDFD_SEND_SIGNAL,
-		unix.SYS_RT_SIGQUEUEINFO, unix.SYS_RT_TGSIGQUEUEINFO, unix.SYS_PRLIMIT64,
+		unix.SYS_RT_SIGQUEUEINFO, unix.SYS_RT_TGSIGQUEUEINFO,
 		// Connections; those that exist stay usable.
 		unix.SYS_SOCKET, unix.SYS_SOCKETPAIR, unix.SYS_CONNECT, unix.SYS_BIND, unix.SYS_LISTEN,
 		unix.SYS_ACCEPT, unix.SYS_ACCEPT4,
@@ -115,7 +115,7 @@ func confineRules() []rule {
 		unix.SYS_MOVE_MOUNT, unix.SYS_MOUNT_SETATTR, unix.SYS_UNSHARE, unix.SYS_SETNS,
 		unix.SYS_SWAPON, unix.SYS_SWAPOFF, unix.SYS_QUOTACTL, unix.SYS_QUOTACTL_FD,
 		unix.SYS_OPEN_BY_HANDLE_AT, unix.SYS_NAME_TO_HANDLE_AT, unix.SYS_MKNODAT, unix.SYS_SYMLINKAT, unix.SYS_LINKAT,
-		unix.SYS_FCHMOD, unix.SYS_FCHMODAT, unix.SYS_FCHOWN, unix.SYS_FCHOWNAT,
+		unix.SYS_FCHOWN, unix.SYS_FCHOWNAT,
 		unix.SYS_SETXATTR, unix.SYS_LSETXATTR, unix.SYS_FSETXATTR,
 		unix.SYS_REMOVEXATTR, unix.SYS_LREMOVEXATTR, unix.SYS_FREMOVEXATTR, unix.SYS_FANOTIFY_INIT,
 		// The kernel.
@@ -129,6 +129,23 @@ func confineRules() []rule {
 		unix.SYS_SHMGET, unix.SYS_SHMAT, unix.SYS_MSGGET, unix.SYS_SEMGET, unix.SYS_MQ_OPEN,
 	)
 	rules = append(rules, legacyConfine()...)
+	if len(policy.Exec) == 0 {
+		rules = append(rules, all(unix.SYS_EXECVE, unix.SYS_PRLIMIT64)...)
+	} else {
+		// Its own limits, which are set by now, a program may ask for.
+		rules = append(rules, rule{nr: unix.SYS_PRLIMIT64, test: unlessIs, arg: 0, value: 0})
+	}
+	if len(policy.Change) == 0 {
+		rules = append(rules, all(unix.SYS_FCHMOD, unix.SYS_FCHMODAT, unix.SYS_FCHMODAT2)...)
+	}
+	// A program that runs as its owner, root say, for whoever starts it.
+	rules = append(rules,
+		rule{nr: unix.SYS_OPENAT, test: ifBit, arg: 3, value: setID},
+		rule{nr: unix.SYS_FCHMOD, test: ifBit, arg: 1, value: setID},
+		rule{nr: unix.SYS_FCHMODAT, test: ifBit, arg: 2, value: setID},
+		rule{nr: unix.SYS_FCHMODAT2, test: ifBit, arg: 2, value: setID},
+		// The mode is in memory, which no filter sees; libraries fall back.
+		rule{nr: unix.SYS_OPENAT2, errno: unix.ENOSYS})
 	self := uint32(os.Getpid())
 	return append(rules,
 		rule{nr: unix.SYS_CLONE3, errno: unix.ENOSYS},
@@ -141,6 +158,8 @@ func confineRules() []rule {
 		rule{nr: unix.SYS_IOCTL, test: ifIs, arg: 1, value: tioclinux},
 	)
 }
+
+const setID = unix.S_ISUID | unix.S_ISGID
 
 // tioclinux is TIOCLINUX of ioctl_console(2), which can type as well.
 const tioclinux = 0x541c

@@ -9,8 +9,10 @@ const (
 
 // legacyConfine are calls that newer architectures do not have.
 func legacyConfine() []rule {
-	return all(unix.SYS_FORK, unix.SYS_VFORK, unix.SYS_KEXEC_FILE_LOAD, unix.SYS_IOPL, unix.SYS_IOPERM, unix.SYS_MODIFY_LDT,
-		unix.SYS_MKNOD, unix.SYS_SYMLINK, unix.SYS_LINK, unix.SYS_CHMOD, unix.SYS_CHOWN, unix.SYS_LCHOWN, unix.SYS_USELIB)
+	return append(all(unix.SYS_FORK, unix.SYS_VFORK, unix.SYS_KEXEC_FILE_LOAD, unix.SYS_IOPL, unix.SYS_IOPERM, unix.SYS_MODIFY_LDT,
+		unix.SYS_MKNOD, unix.SYS_SYMLINK, unix.SYS_LINK, unix.SYS_CHMOD, unix.SYS_CHOWN, unix.SYS_LCHOWN, unix.SYS_USELIB),
+		rule{nr: unix.SYS_OPEN, test: ifBit, arg: 2, value: setID},
+		rule{nr: unix.SYS_CREAT, test: ifBit, arg: 1, value: setID})
 }
 
 func legacySeal() []rule {
