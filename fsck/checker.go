@@ -32,6 +32,13 @@ type Options struct {
 	// external data file), under the caller's path policy; nil: there is none
 	// to be had, which is worth a finding.
 	OpenFile func(name string) (backend.File, error)
+	// Siblings lists the names of the regular files in the directory of the
+	// file, itself included, which OpenFile opens; nil: they are not known.
+	Siblings func() ([]string, error)
+	// Parent tells that the image stands on another one: what it does not
+	// store is not zeros but the parent's. It is also set when that cannot be
+	// found out.
+	Parent bool
 	// GuestFree reports whether the guest's own metadata proves that the guest
 	// does not use [off, off+n) of the disk: the evidence by which the owner
 	// of a cluster that two places claim is chosen. nil: nothing is known.

@@ -16,6 +16,7 @@ import (
 // flags of the command line; see design section 6 and fsck(8).
 type flags struct {
 	cli.Common
+	cli.ProgressFlag
 	No            bool     `short:"n" help:"Change nothing; every file is opened for reading only."`
 	Preen         bool     `short:"p" help:"Make only the repairs that lose nothing."`
 	Auto          bool     `short:"a" help:"The same as -p, as fsck(8) says it."`
@@ -28,7 +29,6 @@ type flags struct {
 	DumpJSON      bool     `name:"dump-json" help:"Print where the metadata and the data of IMAGE lie, as JSON."`
 	Restore       string   `placeholder:"FILE" help:"Put back the metadata of a damaged IMAGE from a dump that fits; shows what it would do without -y."`
 	JSON          bool     `help:"Print one JSON document on stdout."`
-	Progress      string   `default:"auto" placeholder:"MODE" help:"auto, bar, plain or none."`
 	ProgressFD    *int     `short:"C" name:"progress-fd" placeholder:"FD" help:"Write progress to this descriptor as e2fsck does; 0 is a bar on stderr."`
 	Memory        cli.Size `default:"256M" placeholder:"SIZE" help:"Bound of the memory for tables (default 256M)."`
 	Format        string   `placeholder:"FMT" help:"Format of IMAGE: raw, ploop (alias parallels) or qcow2; found out if not given."`

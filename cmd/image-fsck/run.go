@@ -32,7 +32,7 @@ func (r *run) do(ctx context.Context) error {
 	if r.ProgressFD != nil && *r.ProgressFD == 0 && r.Progress == "auto" {
 		r.Progress = "bar"
 	}
-	if r.progress, err = cli.NewProgress(r.Progress, r.stderr); err != nil {
+	if r.progress, err = r.Start(r.stderr); err != nil {
 		return err
 	}
 	if r.ProgressFD != nil && *r.ProgressFD > 0 {

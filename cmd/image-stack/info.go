@@ -25,7 +25,7 @@ func (c *infoCmd) Run(ctx context.Context) error {
 	if err := c.confine(); err != nil {
 		return err
 	}
-	progress, err := cli.NewProgress(c.Progress, os.Stderr)
+	progress, err := c.Start(os.Stderr)
 	if err != nil {
 		return err
 	}

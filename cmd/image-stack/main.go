@@ -23,9 +23,9 @@ type flags struct {
 type image struct {
 	cli.ImageFlags
 	cli.SandboxFlags
+	cli.ProgressFlag
 	Snapshot string `placeholder:"ID" help:"Look at a snapshot: id or name (qcow2), GUID (ploop bundle)."`
 	JSON     bool   `help:"Print one JSON document on stdout."`
-	Progress string `default:"auto" placeholder:"MODE" help:"Progress on stderr: auto (a bar on a terminal), bar, plain or none."`
 	Image    string `arg:"" placeholder:"IMAGE" help:"Top layer, DiskDescriptor.xml or bundle directory."`
 }
 

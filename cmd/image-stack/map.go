@@ -35,7 +35,7 @@ func (c *mapCmd) Run(ctx context.Context) (err error) {
 	if err := c.confine(); err != nil {
 		return err
 	}
-	progress, err := cli.NewProgress(c.Progress, os.Stderr)
+	progress, err := c.Start(os.Stderr)
 	if err != nil {
 		return err
 	}

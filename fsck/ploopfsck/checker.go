@@ -41,21 +41,19 @@ func init() {
 	fsck.RegisterChecker(DescriptorChecker{})
 }
 
-// Checker checks one ploop image. The zero value is the registered one.
-type Checker struct {
-	// Parent tells that the image is a delta over another image. An entry that
-	// has to be given up then gets a new cluster of zeros, because an empty
-	// entry would show the parent's data, which is older and belongs to
-	// something else by now. Without it the entry is emptied.
-	Parent bool
-}
+// Checker checks one ploop image.
+//
+// In an image that stands on another (Options.Parent) an entry that has to be
+// given up gets a new cluster of zeros, because an empty entry would show the
+// parent's data, which is older and belongs to something else by now. Without
+// a parent the entry is emptied.
+type Checker struct{}
 
 // Format implements fsck.Checker.
 func (Checker) Format() string { return "ploop" }
 
 // check is the state of one walk.
 type check struct {
-	c    Checker
 	ctx  context.Context
 	f    backend.File
 	r    fsck.ReadSizer
@@ -90,8 +88,8 @@ type check struct {
 const maxLost = 4096
 
 // Check implements fsck.Checker.
-func (k Checker) Check(ctx context.Context, f backend.File, o fsck.Options, sink fsck.Sink) (fsck.Stats, error) {
-	c := &check{c: k, ctx: ctx, f: f, r: o.Reader(f), o: o, sink: sink, plan: o.Plan, last: -1}
+func (Checker) Check(ctx context.Context, f backend.File, o fsck.Options, sink fsck.Sink) (fsck.Stats, error) {
+	c := &check{ctx: ctx, f: f, r: o.Reader(f), o: o, sink: sink, plan: o.Plan, last: -1}
 	c.stats.Format = "ploop"
 	var err error
 	if c.eof, err = c.r.Size(); err != nil {

@@ -62,7 +62,7 @@ func (c *check) unusable(r run) error {
 	f := c.entryFinding(r, text)
 	if !c.convert {
 		fix := emptyIt
-		if c.c.Parent {
+		if c.o.Parent {
 			fix = "give it a cluster of zeros"
 		}
 		f.Fix = &fsck.Fix{Text: fix, Level: fsck.Full, Loses: f.Guest}
@@ -90,13 +90,13 @@ func (c *check) unusable(r run) error {
 				}
 			}
 		}
-		if c.c.Parent {
+		if c.o.Parent {
 			if err := c.giveZeros(idx); err != nil {
 				return err
 			}
 		}
 	}
-	if c.c.Parent {
+	if c.o.Parent {
 		return nil
 	}
 	return c.zeroEntries(r.idx, r.count)

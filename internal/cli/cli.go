@@ -44,6 +44,16 @@ type SandboxFlags struct {
 	Sandbox sandbox.Mode `enum:"auto,require,off" default:"auto" help:"Isolation of the process that reads the image: auto (as much as the kernel offers), require (or fail) or off."`
 }
 
+// ProgressFlag is the flag of tools that take a while.
+type ProgressFlag struct {
+	Progress string `default:"auto" placeholder:"MODE" help:"Progress on stderr: auto (a bar on a terminal), bar, plain or none."`
+}
+
+// Start returns the display that the flag asks for, nil for none.
+func (f *ProgressFlag) Start(stderr io.Writer) (*Progress, error) {
+	return NewProgress(f.Progress, stderr)
+}
+
 // Tool is a program of the house.
 type Tool struct {
 	Name        string
