@@ -1,6 +1,10 @@
 package layers
 
-import "context"
+import (
+	"context"
+
+	"github.com/imagestack/imagestack/blockmap"
+)
 
 // HostSpace is implemented by layers whose image file has an allocation of its
 // own, also when they are open for reading only.
@@ -18,6 +22,15 @@ type HostSpace interface {
 	// is a leak; what WalkHost visits and this does not is damage. An error of
 	// visit ends it and is returned.
 	Counted(ctx context.Context, visit func(off, n int64) error) error
+
+	// Own visits the clusters in [off, off+n) of the guest whose space belongs
+	// to the active map alone, so that dropping them gives it back: what an
+	// internal snapshot shares is left out. They come in guest order as
+	// extents of whole clusters (the last one may be cut by the end of the
+	// disk), neighbours joined: Data, Packed (each cluster for itself), or
+	// Zero for a cluster that reads as zeros and has a place nevertheless. An
+	// error of visit ends it and is returned.
+	Own(ctx context.Context, off, n int64, visit func(blockmap.Extent) error) error
 }
 
 // Relocation is how much Evacuate may do at a time.
