@@ -2,6 +2,7 @@ package backend
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"math"
@@ -70,6 +71,21 @@ func LockerOf(f File) Locker {
 		f = unwrap(f)
 	}
 	return nil
+}
+
+// WithDescriptor calls use with the descriptor of the regular file that f is,
+// which stays open for as long. For anything else (memory, block devices, what
+// is wrapped for a test, files opened Direct) it is an ErrUnsupported.
+func WithDescriptor(f File, use func(fd int) error) error {
+	o, is := f.(*osFile)
+	if !is || o.block || o.direct != nil {
+		return fmt.Errorf("%s: %w: no regular file", f.Name(), errors.ErrUnsupported)
+	}
+	var err error
+	if cerr := o.raw.Control(func(fd uintptr) { err = use(int(fd)) }); cerr != nil {
+		return fs.ErrClosed
+	}
+	return err
 }
 
 func unwrap(f File) File {

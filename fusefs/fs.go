@@ -44,6 +44,8 @@ type Options struct {
 	Report     func(error)       // gets every distinct error of the device once; may be nil
 	FlushAfter time.Duration     // a change is synced at the latest this much later; 0 is 5 s, negative never
 	Xattrs     map[string]string // further attributes of the root directory
+	// Passthrough lets opens of disk.raw wait for Settle.
+	Passthrough bool
 }
 
 // defaultFlushAfter is about what the kernel's writeback allows itself.
@@ -69,6 +71,7 @@ type FS struct {
 	gate   sync.RWMutex
 	closed bool
 
+	through passthrough
 	flusher flusher
 	mtime   atomic.Int64 // of the last change, nanoseconds since 1970
 }
@@ -104,6 +107,9 @@ func New(dev Device, o Options) (*FS, error) {
 	}
 	for k, v := range o.Xattrs {
 		fs.xattrs[k] = v
+	}
+	if o.Passthrough {
+		fs.through.settled = make(chan struct{})
 	}
 	fs.results.New = func() any { return &result{pool: &fs.results} }
 	fs.mtime.Store(time.Now().UnixNano())
@@ -148,6 +154,7 @@ var errShutDown = fmt.Errorf("the server has ended: %w", unix.EIO)
 // Shutdown waits for changes under way, refuses later ones with EIO, and syncs
 // the device. It is idempotent; closing the device is the caller's.
 func (fs *FS) Shutdown() error {
+	fs.Settle(0)
 	fs.flusher.stop()
 	fs.gate.Lock()
 	fs.closed = true
@@ -284,7 +291,7 @@ func (fs *FS) SetAttr(_ <-chan struct{}, in *fuse.SetAttrIn, out *fuse.AttrOut) 
 func (fs *FS) Access(<-chan struct{}, *fuse.AccessIn) fuse.Status { return fuse.OK }
 
 // Open chooses how the page cache is used; see the package comment.
-func (fs *FS) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
+func (fs *FS) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
 	f := fs.file(in.NodeId)
 	if f == nil {
 		return fuse.ENOENT
@@ -294,6 +301,16 @@ func (fs *FS) Open(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.S
 		return fuse.EROFS
 	}
 	out.Fh = f.ino
+	if f.ino == inoDisk {
+		id, err := fs.through.backing(cancel)
+		if err != nil {
+			return fs.status(err)
+		}
+		if id != 0 {
+			out.OpenFlags, out.BackingID = fuse.FOPEN_PASSTHROUGH, id
+			return fuse.OK
+		}
+	}
 	switch {
 	case fs.uncached, writes && in.Flags&unix.O_DIRECT != 0:
 		out.OpenFlags = fuse.FOPEN_DIRECT_IO | fuse.FOPEN_PARALLEL_DIRECT_WRITES

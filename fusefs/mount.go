@@ -163,6 +163,15 @@ func SetReadAhead(dir string) {
 	_ = os.WriteFile(path, fmt.Appendf(nil, "%d", readAhead>>10), 0)
 }
 
+// Passthrough registers fd as RegisterBacking does.
+func (s *Server) Passthrough(fd int) (int32, error) {
+	id, errno := s.srv.RegisterBackingFd(&fuse.BackingMap{Fd: int32(fd)})
+	if errno != 0 {
+		return 0, fmt.Errorf("passthrough: %w", errno)
+	}
+	return id, nil
+}
+
 // Dir is the absolute path of the mount point.
 func (s *Server) Dir() string { return s.dir }
 

@@ -90,6 +90,18 @@ func (s *Stack) Layers() []Layer { return s.layers }
 // Writable reports whether the stack takes changes.
 func (s *Stack) Writable() bool { return s.top != nil }
 
+// Whole returns the one file that is this disk, byte for byte and to the same
+// length, or nil when there is none.
+func (s *Stack) Whole() backend.File {
+	if s.flat == nil {
+		return nil
+	}
+	if n, err := s.flat.Size(); err != nil || n != s.size {
+		return nil
+	}
+	return s.flat
+}
+
 // Lookup implements blockmap.Map for the whole pile: no extent is Unmapped,
 // and Layer tells where it was found.
 func (s *Stack) Lookup(ctx context.Context, guest, n int64, dst []blockmap.Extent) ([]blockmap.Extent, error) {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fusefs"
 	"github.com/imagestack/imagestack/internal/cli"
 	"github.com/imagestack/imagestack/internal/sandbox"
@@ -31,6 +32,11 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 			srv.log.SetOutput(io.MultiWriter(os.Stderr, w))
 		}
 	}
+	if s.open.Flat {
+		if s.open.ScratchDir, err = homeOf(image); err != nil {
+			return err
+		}
+	}
 	if s.sandbox == sandbox.Off {
 		return nil
 	}
@@ -38,7 +44,7 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 	if err != nil {
 		return err
 	}
-	if s.open.Scratch {
+	if s.open.Scratch || s.open.Flat {
 		if s.open.ScratchFile, err = open.NewScratchFile(s.open.ScratchDir); err != nil {
 			return err
 		}
@@ -63,15 +69,48 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 	return nil
 }
 
-// attach mounts. An isolated server gives up opening files with it.
-func (srv *server) attach() (err error) {
+// homeOf is the directory in which a file can share the storage of the image.
+func homeOf(image string) (string, error) {
+	real, err := filepath.EvalSymlinks(image)
+	if err != nil {
+		return "", err
+	}
+	st, err := os.Stat(real)
+	if err != nil || st.IsDir() {
+		return real, err
+	}
+	return filepath.Dir(real), nil
+}
+
+// attach mounts. An isolated server gives up opening files with it. The file
+// whole, if not nil, is the disk, and read by the kernel where that works.
+func (srv *server) attach(whole backend.File) (err error) {
 	o := srv.place.options()
 	o.Log = srv.log
 	if srv.keeper == nil {
-		srv.mount, err = fusefs.Mount(srv.dir, srv.fs, o)
+		if srv.mount, err = fusefs.Mount(srv.dir, srv.fs, o); err != nil || whole == nil {
+			return err
+		}
+		var id int32
+		err = backend.WithDescriptor(whole, func(fd int) (err error) {
+			id, err = srv.mount.Passthrough(fd)
+			return err
+		})
+		if err = srv.settle(err, id); err != nil {
+			return errors.Join(err, srv.mount.Unmount())
+		}
+		return nil
+	}
+	conn := -1
+	hand := func(fd int) (err error) {
+		_, conn, err = srv.keeper.askWith(askAttach, fd)
 		return err
 	}
-	_, conn, err := srv.keeper.ask(askAttach)
+	if whole != nil {
+		err = backend.WithDescriptor(whole, hand)
+	} else {
+		err = hand(-1)
+	}
 	if err == nil && conn < 0 {
 		err = errors.New("the keeper has sent no connection")
 	}
@@ -85,8 +124,12 @@ func (srv *server) attach() (err error) {
 	if err == nil {
 		srv.mount, err = fusefs.Serve(conn, srv.fs, o)
 	}
+	if err == nil && whole != nil {
+		a, askErr := srv.keeper.ask(askBacking)
+		err = srv.settle(askErr, a.Backing)
+	}
 	if err != nil {
-		_, _, leaveErr := srv.keeper.ask(askLeave)
+		_, leaveErr := srv.keeper.ask(askLeave)
 		return errors.Join(err, leaveErr)
 	}
 	return nil
@@ -96,7 +139,7 @@ func (srv *server) probe() error {
 	if srv.keeper == nil {
 		return srv.place.probe()
 	}
-	_, _, err := srv.keeper.ask(askProbe)
+	_, err := srv.keeper.ask(askProbe)
 	return err
 }
 
@@ -104,7 +147,7 @@ func (srv *server) attachLoop() (string, error) {
 	if srv.keeper == nil {
 		return srv.place.attachLoop()
 	}
-	a, _, err := srv.keeper.ask(askLoop)
+	a, err := srv.keeper.ask(askLoop)
 	return a.Loop, err
 }
 
@@ -117,7 +160,7 @@ func (srv *server) leave() (lazy bool) {
 		}
 		return lazy
 	}
-	a, _, err := srv.keeper.ask(askLeave)
+	a, err := srv.keeper.ask(askLeave)
 	if err != nil {
 		srv.report(err)
 		return true

@@ -33,14 +33,18 @@ type request string
 
 const (
 	askAttach request = "attach" // mount; the connection comes with the answer
-	askProbe  request = "probe"
-	askLoop   request = "loop"
-	askLeave  request = "leave"
+	// askBacking registers the file that came with askAttach as the one that
+	// is the disk.
+	askBacking request = "backing"
+	askProbe   request = "probe"
+	askLoop    request = "loop"
+	askLeave   request = "leave"
 )
 
 type answer struct {
 	Error    string   `json:",omitempty"`
 	Loop     string   `json:",omitempty"`
+	Backing  int32    `json:",omitempty"`
 	Lazy     bool     `json:",omitempty"`
 	Troubles []string `json:",omitempty"`
 }
@@ -64,7 +68,7 @@ func startKeeper(p *place) (*keeper, error) {
 	cmd.Dir = "/"
 	err = cmd.Start()
 	if err == nil {
-		err = errors.Join(k.send(p), cmd.Process.Release())
+		err = errors.Join(k.send(p, -1), cmd.Process.Release())
 	}
 	if err != nil {
 		k.close()
@@ -75,18 +79,30 @@ func startKeeper(p *place) (*keeper, error) {
 
 func (k *keeper) close() { _ = unix.Close(k.socket) }
 
-func (k *keeper) send(v any) error {
+// send sends v, and with it the descriptor fd when that is not -1. (Sending
+// descriptors is refused once the server is sealed, and so is sendmsg.)
+func (k *keeper) send(v any, fd int) error {
 	b, err := json.Marshal(v)
-	if err == nil {
-		_, err = unix.Write(k.socket, b)
+	if err != nil {
+		return err
 	}
+	if fd >= 0 {
+		return unix.Sendmsg(k.socket, b, unix.UnixRights(fd), nil, unix.MSG_NOSIGNAL)
+	}
+	_, err = unix.Write(k.socket, b)
 	return err
 }
 
-// ask waits for the answer, and for the descriptor that comes with that to
-// attach.
-func (k *keeper) ask(r request) (a answer, fd int, err error) {
-	if err := k.send(r); err != nil {
+// ask asks without a descriptor.
+func (k *keeper) ask(r request) (answer, error) {
+	a, _, err := k.askWith(r, -1)
+	return a, err
+}
+
+// askWith sends the descriptor with along, if it is not -1, and waits for the
+// answer, and for the descriptor that comes with that to attach.
+func (k *keeper) askWith(r request, with int) (a answer, fd int, err error) {
+	if err := k.send(r, with); err != nil {
 		return a, -1, fmt.Errorf("asking the keeper: %w", err)
 	}
 	buf := make([]byte, maxMessage)
@@ -158,8 +174,11 @@ func beKeeper() bool {
 	signal.Ignore(unix.SIGINT, unix.SIGTERM, unix.SIGHUP, unix.SIGPIPE)
 	buf := make([]byte, maxMessage)
 	var p place
+	var disk int // the descriptor that came with the last message, -1 for none
 	next := func(v any) bool {
-		n, err := retry(func() (int, error) { return unix.Read(socket, buf) })
+		var n int
+		var err error
+		n, disk, err = receive(socket, buf)
 		return err == nil && n > 0 && json.Unmarshal(buf[:n], v) == nil
 	}
 	if !next(&p) {
@@ -167,7 +186,7 @@ func beKeeper() bool {
 	}
 	var r request
 	for next(&r) {
-		a, conn := p.serve(r)
+		a, conn := p.serve(r, disk)
 		b, err := json.Marshal(a)
 		if err != nil {
 			return true
@@ -177,9 +196,13 @@ func beKeeper() bool {
 			rights = unix.UnixRights(conn)
 		}
 		err = unix.Sendmsg(socket, b, rights, nil, unix.MSG_NOSIGNAL)
-		if conn >= 0 {
+		if conn < 0 || !p.keep(conn, disk) {
 			// The connection must end with the server.
-			_ = unix.Close(conn)
+			for _, fd := range []int{conn, disk} {
+				if fd >= 0 {
+					_ = unix.Close(fd)
+				}
+			}
 		}
 		if err != nil {
 			return true
@@ -188,13 +211,26 @@ func beKeeper() bool {
 	return true
 }
 
-// serve does what the server asks for. A connection is -1 for none.
-func (p *place) serve(r request) (a answer, conn int) {
+// keep holds on to the connection and to the file that is the disk until the
+// server asks for askBacking, if such a file came, and reports whether it did.
+func (p *place) keep(conn, disk int) bool {
+	if disk < 0 || p.backing != nil {
+		return false
+	}
+	p.backing = &backing{conn: conn, disk: disk}
+	return true
+}
+
+// serve does what the server asks for. A connection is -1 for none, and so is
+// the file that came with the request.
+func (p *place) serve(r request, disk int) (a answer, conn int) {
 	conn = -1
 	var err error
 	switch r {
 	case askAttach:
 		conn, err = fusefs.Attach(p.Dir, p.ReadOnly, p.options())
+	case askBacking:
+		a.Backing, err = p.registerBacking()
 	case askProbe:
 		err = p.probe()
 	case askLoop:

@@ -17,21 +17,23 @@ type flags struct {
 	cli.Common
 	cli.ImageFlags
 	cli.SandboxFlags
-	UID        string   `name:"uid" placeholder:"USER" help:"Let the server run as this user (root)."`
-	Write      bool     `short:"w" help:"Make the disk writable; the image changes."`
-	Scratch    bool     `help:"Make the disk writable into a throw-away layer; the image does not change."`
-	Foreground bool     `short:"f" help:"Stay in the foreground."`
-	Partitions bool     `help:"Also show the partitions, as p1, p2, …"`
-	Loop       bool     `help:"Attach a loop device to the disk and print its name (root)."`
-	SectorSize uint32   `default:"0" placeholder:"BYTES" help:"Sector size of the loop device, 512 (default) or 4096."`
-	Snapshot   string   `placeholder:"ID" help:"Show the disk as it was at this snapshot (id or name)."`
-	Options    []string `short:"o" sep:"none" placeholder:"OPT,…" help:"Options as of mount(8): ro, rw, allow_other, allow_root, uid=, gid=, umask=, and the flags of this tool as scratch, partitions, loop, snapshot=, format=, backing_format=, allow_path=, cache_size=, sector_size=, log=, sandbox=, run_as= (as --uid)."`
-	Log        string   `placeholder:"FILE" help:"Append messages of the server in the background to FILE."`
-	JSON       bool     `help:"Print one JSON document about the mount."`
-	Unmount    bool     `short:"u" help:"Unmount DIR, detaching its loop devices, and wait until everything is durable."`
-	Force      bool     `help:"With -u: unmount although the mount is in use."`
-	Image      string   `arg:"" optional:"" help:"The image, or with -u the directory."`
-	Dir        string   `arg:"" optional:"" help:"The directory to mount on."`
+	UID         string      `name:"uid" placeholder:"USER" help:"Let the server run as this user (root)."`
+	Write       bool        `short:"w" help:"Make the disk writable; the image changes."`
+	Scratch     bool        `help:"Make the disk writable into a throw-away layer; the image does not change."`
+	Foreground  bool        `short:"f" help:"Stay in the foreground."`
+	Flat        bool        `help:"Show the disk as one file that shares the storage of the images (reflinks: xfs, btrfs), read at the speed of that file; read-only, or thrown away with --scratch."`
+	Partitions  bool        `help:"Also show the partitions, as p1, p2, …"`
+	Loop        bool        `help:"Attach a loop device to the disk and print its name (root)."`
+	SectorSize  uint32      `default:"0" placeholder:"BYTES" help:"Sector size of the loop device, 512 (default) or 4096."`
+	Snapshot    string      `placeholder:"ID" help:"Show the disk as it was at this snapshot (id or name)."`
+	Options     []string    `short:"o" sep:"none" placeholder:"OPT,…" help:"Options as of mount(8): ro, rw, allow_other, allow_root, uid=, gid=, umask=, and the flags of this tool as scratch, flat, partitions, loop, snapshot=, format=, backing_format=, allow_path=, cache_size=, sector_size=, log=, passthrough=, sandbox=, run_as= (as --uid)."`
+	Passthrough passthrough `enum:"auto,on,off" default:"auto" help:"Let the kernel read a disk that is one raw file by itself: auto (read-only disks, where it can), on (writable ones too, or fail) or off."`
+	Log         string      `placeholder:"FILE" help:"Append messages of the server in the background to FILE."`
+	JSON        bool        `help:"Print one JSON document about the mount."`
+	Unmount     bool        `short:"u" help:"Unmount DIR, detaching its loop devices, and wait until everything is durable."`
+	Force       bool        `help:"With -u: unmount although the mount is in use."`
+	Image       string      `arg:"" optional:"" help:"The image, or with -u the directory."`
+	Dir         string      `arg:"" optional:"" help:"The directory to mount on."`
 }
 
 func main() {

@@ -26,6 +26,7 @@ type place struct {
 	UID        uint32 // owner of the disk
 	SectorSize uint32 // of the loop device
 	loop       string // device, "" when none
+	backing    *backing
 }
 
 func (p *place) disk() string { return filepath.Join(p.Dir, fusefs.DiskName) }

@@ -145,10 +145,15 @@ func (srv *server) start(ctx context.Context) (err error) {
 	if _, err := srv.stack.ReadAt(ctx, make([]byte, 1), 0); err != nil && !errors.Is(err, io.EOF) {
 		return err
 	}
+	whole, err := srv.wholeFile()
+	if err != nil {
+		return err
+	}
+	options.Passthrough = whole != nil
 	if srv.fs, err = fusefs.New(srv.stack, options); err != nil {
 		return err
 	}
-	if err := srv.attach(); err != nil {
+	if err := srv.attach(whole); err != nil {
 		return errors.Join(err, srv.fs.Shutdown())
 	}
 	if err := srv.probe(); err != nil {

@@ -13,25 +13,26 @@ import (
 
 // settings are what flags and -o options say together.
 type settings struct {
-	image, dir string
-	open       open.Options
-	partitions bool
-	loop       bool
-	sectorSize uint32
-	json       bool
-	verbose    bool
-	log        string
-	uid, gid   uint32
-	umask      uint32
-	allowOther bool
-	mountFlags []string
-	sandbox    sandbox.Mode
-	user       *sandbox.User // to become, nil to stay
+	image, dir  string
+	open        open.Options
+	partitions  bool
+	loop        bool
+	sectorSize  uint32
+	json        bool
+	verbose     bool
+	log         string
+	uid, gid    uint32
+	umask       uint32
+	allowOther  bool
+	mountFlags  []string
+	sandbox     sandbox.Mode
+	passthrough passthrough
+	user        *sandbox.User // to become, nil to stay
 }
 
 func newSettings(f *flags) (*settings, error) {
 	o := mountopt.Options{
-		Loop: f.Loop, Scratch: f.Scratch, Partitions: f.Partitions, SectorSize: f.SectorSize, Snapshot: f.Snapshot,
+		Loop: f.Loop, Scratch: f.Scratch, Flat: f.Flat, Partitions: f.Partitions, SectorSize: f.SectorSize, Snapshot: f.Snapshot,
 		Format: f.Format, BackingFormat: f.BackingFormat, AllowPath: f.AllowPath, Log: f.Log,
 	}
 	for _, list := range f.Options {
@@ -47,6 +48,9 @@ func newSettings(f *flags) (*settings, error) {
 	}
 	if o.Scratch && o.Write != nil && !*o.Write {
 		return nil, errors.New("scratch and ro exclude each other")
+	}
+	if o.Flat && !o.Scratch && o.Write != nil && *o.Write {
+		return nil, errors.New("a flat view is read-only, or thrown away with --scratch")
 	}
 	if o.CacheSize != "" {
 		n, err := cli.ParseSize(o.CacheSize)
@@ -70,7 +74,7 @@ func newSettings(f *flags) (*settings, error) {
 	s := &settings{
 		image: f.Image, dir: f.Dir,
 		open: open.Options{
-			Writable: o.Write != nil && *o.Write && !o.Scratch, Scratch: o.Scratch,
+			Writable: o.Write != nil && *o.Write && !o.Scratch, Scratch: o.Scratch, Flat: o.Flat,
 			Format: o.Format, BackingFormat: o.BackingFormat, Snapshot: o.Snapshot,
 			AllowPaths: o.AllowPath, CacheSize: int64(f.CacheSize),
 		},
@@ -80,6 +84,14 @@ func newSettings(f *flags) (*settings, error) {
 	}
 	if err := s.isolation(f, &o); err != nil {
 		return nil, err
+	}
+	if s.passthrough = f.Passthrough; o.Passthrough != "" {
+		s.passthrough = passthrough(o.Passthrough)
+	}
+	switch s.passthrough {
+	case throughAuto, throughOn, throughOff:
+	default:
+		return nil, fmt.Errorf("passthrough %q: want auto, on or off", s.passthrough)
 	}
 	if o.AllowOther {
 		s.umask = 0o022

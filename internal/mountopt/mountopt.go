@@ -20,6 +20,7 @@ type Options struct {
 	Loop          bool
 	SectorSize    uint32
 	Scratch       bool
+	Flat          bool
 	Partitions    bool
 	Snapshot      string
 	Format        string
@@ -28,6 +29,7 @@ type Options struct {
 	CacheSize     string
 	Log           string
 	Sandbox       string   // auto, require or off
+	Passthrough   string   // auto, on or off
 	RunAs         string   // user whom the server becomes
 	Flags         []string // options for the kernel, such as noexec
 }
@@ -101,6 +103,7 @@ func (o *Options) one(opt string) error {
 		"allow_root":  func() { o.AllowRoot = true },
 		"loop":        func() { o.Loop = true },
 		"scratch":     func() { o.Scratch = true },
+		"flat":        func() { o.Flat = true },
 		"partitions":  func() { o.Partitions = true },
 	}
 	if f, ok := set[name]; ok {
@@ -113,7 +116,7 @@ func (o *Options) one(opt string) error {
 	text := map[string]*string{
 		"snapshot": &o.Snapshot, "format": &o.Format, "backing_format": &o.BackingFormat,
 		"cache_size": &o.CacheSize, "log": &o.Log,
-		"sandbox": &o.Sandbox, "run_as": &o.RunAs,
+		"sandbox": &o.Sandbox, "passthrough": &o.Passthrough, "run_as": &o.RunAs,
 	}
 	if p, ok := text[name]; ok {
 		if value == "" {

@@ -41,6 +41,11 @@ type Options struct {
 	// ScratchFile, if not nil, is the file of the throw-away layer; a
 	// successful Open takes it over.
 	ScratchFile backend.File
+	// Flat makes one file without a name of the whole stack, which shares the
+	// storage of its files (reflinks), and opens that. With Scratch it is
+	// writable, and no further layer is needed. ScratchFile, or one in
+	// ScratchDir, must lie on the filesystem of the image.
+	Flat bool
 	// Format states the format of the image named: raw, ploop (parallels) or
 	// qcow2. "" probes.
 	Format string
@@ -85,18 +90,23 @@ func openStack(ctx context.Context, path string, o Options) (_ *layers.Stack, _ 
 	if err := op.openTop(path); err != nil {
 		return nil, nil, err
 	}
-	if o.Scratch {
+	if o.Scratch && !o.Flat {
 		if err := op.addScratch(); err != nil {
 			return nil, nil, err
 		}
 	}
 	s, err := layers.NewStack(op.pile, layers.StackOptions{
-		Writable: o.Writable || o.Scratch,
+		Writable: (o.Writable || o.Scratch) && !o.Flat,
 		Cache:    op.cache,
 		Closers:  op.closers,
 	})
 	if err != nil {
 		return nil, nil, err
+	}
+	if o.Flat {
+		if s, err = op.flat(s); err != nil {
+			return nil, nil, err
+		}
 	}
 	return s, op, nil
 }
@@ -120,6 +130,9 @@ type opener struct {
 type fileID struct{ dev, ino uint64 }
 
 func newOpener(ctx context.Context, path string, o Options) (*opener, error) {
+	if o.Flat && o.Writable && !o.Scratch {
+		return nil, fmt.Errorf("%s: %w: a flat view is read-only or thrown away", path, layers.ErrUnsupported)
+	}
 	if o.Writable && !o.Scratch && o.Snapshot != "" {
 		return nil, &layers.ImageError{Path: path, Layer: 0, Offset: -1, Field: "snapshot", Value: o.Snapshot,
 			Err: fmt.Errorf("%w: writing to a snapshot (--scratch writes to a throw-away layer)", layers.ErrUnsupported)}

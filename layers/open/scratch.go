@@ -12,13 +12,9 @@ import (
 
 // addScratch puts an empty layer on top that is gone when it is closed.
 func (op *opener) addScratch() error {
-	f, own := op.o.ScratchFile, false
-	var err error
-	if f == nil {
-		if f, err = scratchFile(op.o.ScratchDir); err != nil {
-			return err
-		}
-		own = true
+	f, own, err := op.scratchFile()
+	if err != nil {
+		return err
 	}
 	err = qcow2.Create(op.ctx, f, qcow2.CreateOptions{Size: op.pile[0].Size()})
 	var l *qcow2.Image
@@ -33,6 +29,29 @@ func (op *opener) addScratch() error {
 	}
 	op.pile = append([]layers.Layer{l}, op.pile...)
 	return nil
+}
+
+// flat replaces the stack by its flat view.
+func (op *opener) flat(s *layers.Stack) (*layers.Stack, error) {
+	f, own, err := op.scratchFile()
+	if err != nil {
+		return nil, err
+	}
+	flat, err := flatten(op.ctx, s, f, op.o.Scratch)
+	if err != nil && own {
+		_ = f.Close() // it has no name: closing removes it
+	}
+	return flat, err
+}
+
+// scratchFile is the file that the options name, or a new one, which is then
+// the caller's own.
+func (op *opener) scratchFile() (f backend.File, own bool, err error) {
+	if op.o.ScratchFile != nil {
+		return op.o.ScratchFile, false, nil
+	}
+	f, err = scratchFile(op.o.ScratchDir)
+	return f, true, err
 }
 
 // scratchFile is a file without a name.
