@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"io"
 
+	"github.com/imagestack/imagestack/guestfs/btrfs"
 	"github.com/imagestack/imagestack/guestfs/ext4"
 	"github.com/imagestack/imagestack/guestfs/freespace"
 	"github.com/imagestack/imagestack/guestfs/swap"
@@ -27,7 +28,7 @@ type format struct {
 var formats = []format{
 	{"ext", ext4.Detect, ext4.Free},
 	{"xfs", xfs.Detect, xfs.Free},
-	{"btrfs", magic(0x10040, "_BHRfS_M"), nil},
+	{"btrfs", btrfs.Detect, btrfs.Free},
 	{"swap", swap.Detect, swap.Free},
 	{"hibernation", swap.DetectSuspended, nil},
 	{"lvm2", detectLVM, nil},

@@ -96,6 +96,15 @@ func ReadAt(r io.ReaderAt, p []byte, off int64) error {
 	return fmt.Errorf("read %d bytes at offset %#x: %w", len(p), off, err)
 }
 
+// Mix is the finaliser of SplitMix64: a sum of mixed numbers tells two sets of
+// them apart without holding either.
+func Mix(x uint64) uint64 {
+	x += 0x9e3779b97f4a7c15
+	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
+	x = (x ^ x>>27) * 0x94d049bb133111eb
+	return x ^ x>>31
+}
+
 // Collector gathers ascending ranges. The zero value is not usable.
 type Collector struct {
 	ranges  []blockmap.Range

@@ -142,7 +142,7 @@ func (g *group) prove(ctx context.Context) error {
 			total[i] += r.n
 			records[i]++
 			longest[i] = max(longest[i], r.n)
-			mixed[i] += mix(r.start<<32 | r.n)
+			mixed[i] += freespace.Mix(r.start<<32 | r.n)
 			return nil
 		}); err != nil {
 			return err
@@ -170,15 +170,6 @@ func (g *group) prove(ctx context.Context) error {
 		}
 	}
 	return nil
-}
-
-// mix is the finaliser of SplitMix64: a sum of mixed records tells two sets of
-// them apart.
-func mix(x uint64) uint64 {
-	x += 0x9e3779b97f4a7c15
-	x = (x ^ x>>30) * 0xbf58476d1ce4e5b9
-	x = (x ^ x>>27) * 0x94d049bb133111eb
-	return x ^ x>>31
 }
 
 // emit hands over the free extents, which prove has seen before.
