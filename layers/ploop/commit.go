@@ -151,8 +151,16 @@ func (i *Image) Close() error {
 
 func (i *Image) finish() error {
 	e := i.edit
-	if err := e.broken(); err != nil || !e.started.Load() {
+	if err := e.broken(); err != nil {
 		return err
+	}
+	if e.takeOver {
+		if err := i.begin(); err != nil {
+			return err
+		}
+	}
+	if !e.started.Load() {
+		return nil
 	}
 	if err := e.commit.Do(i.flush); err != nil {
 		return err
@@ -170,6 +178,9 @@ func (i *Image) finish() error {
 	}
 	return i.setHeader(func(h *header) {
 		h.inUse = inUseClosed
+		if h.extension != 0 {
+			h.inUse = inUseV21
+		}
 		h.flags &^= flagEmpty
 		if empty {
 			h.flags |= flagEmpty

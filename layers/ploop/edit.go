@@ -27,7 +27,14 @@ type editor struct {
 	pinned  int64 // bytes of changed pages above which they are written
 
 	startMu sync.Mutex
-	started atomic.Bool           // the header says in use
+	started atomic.Bool // the header says in use
+	// takeOver: the image was not closed by who used it last, and has a
+	// format extension that nothing was decided about yet.
+	takeOver bool
+	// Of a relocation: see there.
+	resumed bool                  // the mark of an image in use is ours
+	leaked  int64                 // slots that were free when it began
+	keep    *keptExtension        // the format extension that outlives the changes
 	failed  atomic.Pointer[error] // a sync failed: nothing more is changed
 
 	fills sync.Pool // *[]byte of at most chunk bytes, for filling up clusters
@@ -54,6 +61,12 @@ func (i *Image) openEditor(ctx context.Context, size int64, cache *layers.Cache)
 	e.alloc.crashed = true
 	if err := e.alloc.ready(ctx); err != nil {
 		return err
+	}
+	if i.h.extension != 0 {
+		// Whoever relocates may know that it is still good; everybody else
+		// drops it with the first change, or when the image is closed.
+		e.takeOver = true
+		return nil
 	}
 	return i.begin()
 }
@@ -93,8 +106,9 @@ func (i *Image) sync() error {
 }
 
 // begin marks the image as in use, durably, before its first change. The
-// format extension, which describes the image as it was, is dropped: its
-// clusters become free because nothing names them any more.
+// format extension, which describes the image as it was, is dropped, unless the
+// changes are relocations, which it outlives: its clusters become free because
+// nothing names them any more.
 func (i *Image) begin() error {
 	e := i.edit
 	if e.started.Load() {
@@ -108,7 +122,9 @@ func (i *Image) begin() error {
 	if err := i.setHeader(func(h *header) {
 		h.inUse = inUseOpen
 		h.flags &^= flagEmpty
-		h.extension = 0
+		if e.keep == nil {
+			h.extension = 0
+		}
 	}); err != nil {
 		return err
 	}

@@ -21,9 +21,17 @@ const (
 	bitmapHead  = 8 + 16 + 4 + 4 // size u64, id, granularity u32, L1 count u32
 )
 
-// extension is what the readers of the image need to know of it.
+// extension is what needs to be known of it.
 type extension struct {
 	bitmaps []dirtyBitmap
+	unknown []uint64       // magics of features that are not understood
+	refs    []extensionRef // every place where it names a cluster of bits
+}
+
+// extensionRef is one name of a cluster in the extension.
+type extensionRef struct {
+	at   int   // byte of the extension's cluster, a u64 of sectors
+	host int64 // byte of the file
 }
 
 type dirtyBitmap struct {
@@ -32,28 +40,35 @@ type dirtyBitmap struct {
 	clusters    []int64 // file offsets of the clusters that hold bits
 }
 
-// readExtension decodes the extension cluster. It is called for reports only:
-// an image with a damaged extension still reads.
+// readExtension decodes the extension cluster. It is not called for reading the
+// disk: an image with a damaged extension still reads.
 func (i *Image) readExtension(at int64) (*extension, error) {
+	ext, _, err := i.loadExtension(at)
+	return ext, err
+}
+
+// loadExtension is readExtension that also returns the cluster's bytes.
+func (i *Image) loadExtension(at int64) (*extension, []byte, error) {
 	field := "m_FormatExtensionOffset"
 	bad := func(why string) error { return i.bat.bad(offExtension, field, uint64(at/sectorSize), why) }
 	size, err := i.f.Size()
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", i.path, err)
+		return nil, nil, fmt.Errorf("%s: %w", i.path, err)
 	}
 	switch {
 	case at%i.h.cluster != 0:
-		return nil, bad("is not a multiple of the cluster size")
+		return nil, nil, bad("is not a multiple of the cluster size")
 	case at < i.h.firstData:
-		return nil, bad("points into the header or the BAT")
+		return nil, nil, bad("points into the header or the BAT")
 	case at > size-i.h.cluster:
-		return nil, bad("points behind the end of the file")
+		return nil, nil, bad("points behind the end of the file")
 	}
 	b := make([]byte, i.h.cluster) // at most 64 MiB, and the file is that long
 	if _, err := i.f.ReadAt(b, at); err != nil {
-		return nil, fmt.Errorf("%s: read of the format extension: %w", i.path, err)
+		return nil, nil, fmt.Errorf("%s: read of the format extension: %w", i.path, err)
 	}
-	return i.parseExtension(b, at, size)
+	ext, err := i.parseExtension(b, at, size)
+	return ext, b, err
 }
 
 // parseExtension decodes b, the extension's cluster, which lies at byte place
@@ -83,11 +98,16 @@ func (i *Image) parseExtension(b []byte, place, size int64) (*extension, error) 
 			return nil, bad(at+16, "feature size", uint32(n), "reaches behind the extension")
 		}
 		if magic == bitmapMagic {
-			bm, err := i.parseBitmap(b[data:data+int(n)], place+int64(data), size)
+			bm, refs, err := i.parseBitmap(b[data:data+int(n)], place+int64(data), size)
 			if err != nil {
 				return nil, err
 			}
 			ext.bitmaps = append(ext.bitmaps, bm)
+			for _, r := range refs {
+				ext.refs = append(ext.refs, extensionRef{data + r.at, r.host})
+			}
+		} else {
+			ext.unknown = append(ext.unknown, magic)
 		}
 		at = data + int(n+7)&^7
 	}
@@ -95,12 +115,11 @@ func (i *Image) parseExtension(b []byte, place, size int64) (*extension, error) 
 }
 
 // parseBitmap decodes the data of a dirty-bitmap feature, which lies at byte
-// place of the file.
-func (i *Image) parseBitmap(b []byte, place, size int64) (dirtyBitmap, error) {
+// place of the file. The refs count from the start of b.
+func (i *Image) parseBitmap(b []byte, place, size int64) (bm dirtyBitmap, refs []extensionRef, err error) {
 	le := binary.LittleEndian
-	var bm dirtyBitmap
-	bad := func(off int, field string, value any, why string) (dirtyBitmap, error) {
-		return bm, i.bat.bad(place+int64(off), field, value, why)
+	bad := func(off int, field string, value any, why string) (dirtyBitmap, []extensionRef, error) {
+		return bm, nil, i.bat.bad(place+int64(off), field, value, why)
 	}
 	if len(b) < bitmapHead {
 		return bad(0, "dirty bitmap", int64(len(b)), "feature is too short")
@@ -132,6 +151,7 @@ func (i *Image) parseBitmap(b []byte, place, size int64) (dirtyBitmap, error) {
 			return bad(off, "dirty bitmap l1", sector, "points behind the end of the file")
 		}
 		bm.clusters = append(bm.clusters, int64(sector)*sectorSize)
+		refs = append(refs, extensionRef{off, int64(sector) * sectorSize})
 	}
-	return bm, nil
+	return bm, refs, nil
 }

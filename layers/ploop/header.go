@@ -67,6 +67,8 @@ type header struct {
 	entries   int64 // BAT entries
 	size      int64 // bytes of the virtual disk
 	firstData int64 // first byte that a cluster may occupy
+	// extensionRead is the extension that raw names, in bytes.
+	extensionRead int64
 	headerState
 }
 
@@ -165,6 +167,7 @@ func parseHeader(b []byte, path string) (*header, error) {
 		ext = math.MaxInt64 / sectorSize
 	}
 	h.extension = int64(ext) * sectorSize
+	h.extensionRead = h.extension
 	return h, nil
 }
 
@@ -175,8 +178,8 @@ func (h *header) encode() [headerSize]byte {
 	b := h.raw
 	le.PutUint32(b[offInUse:], h.inUse)
 	le.PutUint32(b[offFlags:], h.flags)
-	if h.extension == 0 {
-		le.PutUint64(b[offExtension:], 0)
+	if h.extension != h.extensionRead {
+		le.PutUint64(b[offExtension:], uint64(h.extension/sectorSize))
 	}
 	return b
 }

@@ -11,7 +11,8 @@
 // The parts: header.go the header, bat.go cached pages of the BAT and Lookup,
 // extension.go the format extension, image.go the Layer, edit.go and zero.go
 // the Editor, alloc.go who owns which cluster of the file, commit.go the order
-// of durability, verify.go the scan of a whole BAT, descriptor*.go the XML.
+// of durability, verify.go the scan of a whole BAT, relocate.go and keep.go
+// what makes the file smaller, descriptor*.go the XML.
 //
 // Reading. Pages of the BAT live in the shared cache; a hit takes no lock and
 // allocates nothing. Pages that are holes of the file are passed without
