@@ -1,8 +1,6 @@
 package fsck
 
 import (
-	"errors"
-	"os"
 	"slices"
 
 	"github.com/imagestack/imagestack/backend"
@@ -29,7 +27,7 @@ type pageKey struct {
 // an unnamed temporary file.
 type pageStore struct {
 	limit int64
-	dir   string
+	temp  func() (backend.File, error)
 	mem   map[pageKey]*page
 	slots map[pageKey]int64 // places in f of what is not, or not only, in mem
 	f     backend.File
@@ -37,8 +35,11 @@ type pageStore struct {
 	any   [numPhases]bool
 }
 
-func newPageStore(limit int64, dir string) pageStore {
-	return pageStore{limit: limit, dir: dir, mem: map[pageKey]*page{}, slots: map[pageKey]int64{}}
+func newPageStore(limit int64, temp func() (backend.File, error)) pageStore {
+	if temp == nil {
+		temp = tempFile
+	}
+	return pageStore{limit: limit, temp: temp, mem: map[pageKey]*page{}, slots: map[pageKey]int64{}}
 }
 
 func (s *pageStore) empty() bool { return len(s.mem) == 0 && len(s.slots) == 0 }
@@ -132,16 +133,9 @@ func (s *pageStore) read(ph Phase, b []byte, off int64) error {
 // spill moves all pages to the temporary file.
 func (s *pageStore) spill() error {
 	if s.f == nil {
-		f, err := os.CreateTemp(s.dir, ".image-fsck-*")
-		if err != nil {
+		var err error
+		if s.f, err = s.temp(); err != nil {
 			return err
-		}
-		err = os.Remove(f.Name())
-		if err == nil {
-			s.f, err = backend.NewFile(f)
-		}
-		if err != nil {
-			return errors.Join(err, f.Close())
 		}
 	}
 	buf := make([]byte, pageBytes)

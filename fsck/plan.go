@@ -55,8 +55,8 @@ type PlanOptions struct {
 	// Memory is for changed bytes, 0 for 64 MiB. What is more goes to an
 	// unnamed temporary file.
 	Memory int64
-	// SpillDir is the directory of that file, "" for os.TempDir().
-	SpillDir string
+	// Spill makes that file; nil makes one in os.TempDir().
+	Spill func() (backend.File, error)
 	// MaxSize is the largest length the file may get; 0 is no limit. (A block
 	// device cannot grow.)
 	MaxSize int64
@@ -116,7 +116,7 @@ func NewPlan(f backend.File, o PlanOptions) (*Plan, error) {
 		o.Memory = 64 << 20
 	}
 	p := &Plan{f: f, o: o, old: size, size: size}
-	p.pages = newPageStore(o.Memory, o.SpillDir)
+	p.pages = newPageStore(o.Memory, o.Spill)
 	return p, nil
 }
 

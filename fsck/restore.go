@@ -7,8 +7,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"os"
-	"path/filepath"
 
 	"github.com/imagestack/imagestack/backend"
 )
@@ -190,7 +188,7 @@ func RestoreFile(ctx context.Context, path, dump string, o RunOptions) (_ *Resto
 	if err := h.open([]FileResult{target}, o.Decide != nil); err != nil {
 		return nil, "", err
 	}
-	r, err := Restore(ctx, df, h.files[0], Options{Memory: o.Memory}, PlanOptions{})
+	r, err := Restore(ctx, df, h.files[0], Options{Memory: o.Memory}, PlanOptions{Spill: o.Spill})
 	if err != nil {
 		if r != nil {
 			err = errors.Join(err, r.Close())
@@ -201,15 +199,16 @@ func RestoreFile(ctx context.Context, path, dump string, o RunOptions) (_ *Resto
 	if o.Decide == nil || r.Bytes == 0 {
 		return r, "", nil
 	}
-	uf, undo, err := createUndo(path, o.Undo)
+	undos := o.undos()
+	uf, undo, err := undos.Create(path)
 	if err != nil {
 		return r, "", err
 	}
 	undone, err := r.Plan.Execute(ctx, ExecuteOptions{Undo: uf, Name: baseName(path), MTime: mtimeOf(path),
-		SyncDir: func() error { return SyncDir(filepath.Dir(undo)) }})
+		SyncDir: func() error { return undos.Sync(undo) }})
 	err = errors.Join(err, uf.Close())
 	if undone && err != nil {
-		return r, "", errors.Join(err, os.Remove(undo))
+		return r, "", errors.Join(err, undos.Remove(undo))
 	}
 	return r, undo, err
 }

@@ -3,9 +3,7 @@ package fsck
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -36,9 +34,10 @@ type RunOptions struct {
 	Details int
 	Memory  int64 // of all checks that run at the same time
 	Data    bool
-	// Undo is the undo file, or the directory for undo files; "" is beside
-	// each image, with .undo (.undo.1, …) added to its name.
-	Undo string
+	// Undo makes the undo files; nil is UndoPlace("").
+	Undo UndoStore
+	// Spill is that of PlanOptions.
+	Spill func() (backend.File, error)
 	// Single checks only the file that is named, and neither parents nor how
 	// they fit.
 	Single bool
@@ -46,6 +45,13 @@ type RunOptions struct {
 	Serial bool
 	// OnProgress is told of progress, concurrently.
 	OnProgress func(file string, pass int, done, total int64)
+}
+
+func (o *RunOptions) undos() UndoStore {
+	if o.Undo == nil {
+		return UndoPlace("")
+	}
+	return o.Undo
 }
 
 // FileResult is what became of one file.
@@ -295,7 +301,7 @@ func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free
 	o := RepairOptions{
 		Options: Options{Memory: r.memory, Data: r.o.Data, GuestFree: free},
 		Details: r.o.Details,
-		Plan:    PlanOptions{Memory: r.memory / 4},
+		Plan:    PlanOptions{Memory: r.memory / 4, Spill: r.o.Spill},
 		Execute: ExecuteOptions{Name: filepath.Base(f.Path)},
 	}
 	if r.o.OnProgress != nil {
@@ -311,6 +317,7 @@ func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free
 		return data, err
 	}
 	var undo backend.File
+	undos := r.o.undos()
 	if r.o.Decide != nil && f.Own {
 		st, err := os.Stat(f.Path)
 		if err != nil {
@@ -327,10 +334,10 @@ func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free
 		lost := &countedLost{LostDir: LostDir(f.Path + ".lost+found")}
 		o.Execute.Lost = lost
 		o.Undo = func() (backend.File, error) {
-			undo, f.Undo, err = createUndo(f.Path, r.o.Undo)
+			undo, f.Undo, err = undos.Create(f.Path)
 			return undo, err
 		}
-		o.Execute.SyncDir = func() error { return SyncDir(filepath.Dir(f.Undo)) }
+		o.Execute.SyncDir = func() error { return undos.Sync(f.Undo) }
 		if f.Format == "ploop-descriptor" {
 			o.Swap = func(content []byte) (backend.File, error) { return h.swap(j, f.Path, content) }
 		}
@@ -344,7 +351,7 @@ func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free
 	if undo != nil {
 		err = errors.Join(err, undo.Close())
 		if !f.Changed {
-			err = errors.Join(err, os.Remove(f.Undo))
+			err = errors.Join(err, undos.Remove(f.Undo))
 			f.Undo = ""
 		}
 	}
@@ -360,32 +367,6 @@ type countedLost struct {
 func (c *countedLost) Create(name string) (backend.File, error) {
 	c.n++
 	return c.LostDir.Create(name)
-}
-
-// createUndo makes the undo file for the image at path. It never overwrites
-// one: an undo file is removed by the user only.
-func createUndo(path, where string) (backend.File, string, error) {
-	named := where != ""
-	if st, err := os.Stat(where); named && err == nil && st.IsDir() {
-		where, named = filepath.Join(where, filepath.Base(path)+".undo"), false
-	} else if !named {
-		where = path + ".undo"
-	}
-	for i := 0; ; i++ {
-		name := where
-		if i > 0 {
-			name = fmt.Sprintf("%s.%d", where, i)
-		}
-		f, err := backend.Open(name, backend.Options{Writable: true, Create: true, Exclusive: true})
-		switch {
-		case err == nil:
-			return f, name, nil
-		case !errors.Is(err, fs.ErrExist) || i == 1000:
-			return nil, "", fmt.Errorf("undo file: %w (--undo names another place)", err)
-		case named:
-			return nil, "", fmt.Errorf("undo file: %w: it belongs to an earlier repair", err)
-		}
-	}
 }
 
 // holder has the files of one image open and locked.

@@ -189,24 +189,24 @@ func TestRunUndoPlace(t *testing.T) {
 		addTail(t, "a.qcow2", "\xfe")
 	}
 	make()
-	if bits, _ := runAll(t, RunOptions{Decide: DecideAll, Undo: "named"}, "a.qcow2"); bits != ExitCorrected {
+	if bits, _ := runAll(t, RunOptions{Decide: DecideAll, Undo: UndoPlace("named")}, "a.qcow2"); bits != ExitCorrected {
 		t.Error(bits)
 	}
 	make()
 	before := content(t, "a.qcow2")
-	bits, res := runAll(t, RunOptions{Decide: DecideAll, Undo: "named"}, "a.qcow2")
+	bits, res := runAll(t, RunOptions{Decide: DecideAll, Undo: UndoPlace("named")}, "a.qcow2")
 	if bits&ExitOperational == 0 || content(t, "a.qcow2") != before {
 		t.Errorf("an undo file was overwritten, or nothing was said: %d %v", bits, res[0].Files[0].Err)
 	}
 	if err := os.Mkdir("dir", 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if _, res := runAll(t, RunOptions{Decide: DecideAll, Undo: "dir"}, "a.qcow2"); res[0].Files[0].Undo != "dir/a.qcow2.undo" {
+	if _, res := runAll(t, RunOptions{Decide: DecideAll, Undo: UndoPlace("dir")}, "a.qcow2"); res[0].Files[0].Undo != "dir/a.qcow2.undo" {
 		t.Errorf("%+v", res[0].Files[0])
 	}
 	make()
 	before = content(t, "a.qcow2")
-	if bits, _ := runAll(t, RunOptions{Decide: DecideAll, Undo: "no/such/dir"}, "a.qcow2"); bits&ExitOperational == 0 || content(t, "a.qcow2") != before {
+	if bits, _ := runAll(t, RunOptions{Decide: DecideAll, Undo: UndoPlace("no/such/dir")}, "a.qcow2"); bits&ExitOperational == 0 || content(t, "a.qcow2") != before {
 		t.Errorf("no place for the undo file: %d", bits)
 	}
 }

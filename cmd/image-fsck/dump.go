@@ -5,8 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
-	"github.com/google/renameio/v2"
+	"os"
 
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/internal/cli"
@@ -14,6 +13,9 @@ import (
 
 // dump writes the metadata of an image to a file or, as JSON, to stdout.
 func (r *run) dump(ctx context.Context) (err error) {
+	if err := r.isolate(false); err != nil {
+		return err
+	}
 	d, err := fsck.OpenDump(ctx, r.Images[0], r.options().Open)
 	if err != nil {
 		return err
@@ -22,21 +24,28 @@ func (r *run) dump(ctx context.Context) (err error) {
 	if r.DumpJSON {
 		return d.WriteJSON(ctx, r.stdout)
 	}
-	// A dump that is complete replaces the one of the night before.
-	p, err := renameio.NewPendingFile(r.Dump, renameio.WithPermissions(0o600))
+	// The keeper makes the file and, when it is complete, puts it in its place.
+	fd, err := r.keeper.AskFile(ctx, assistRequest{Act: actDump}, nil, -1)
 	if err != nil {
 		return err
 	}
-	defer func() { _ = p.Cleanup() }() // nothing to do once it is in its place
-	w := bufio.NewWriterSize(p, 256<<10)
+	f := os.NewFile(uintptr(fd), r.Dump)
+	defer f.Close() // after an error; what was written is not used then
+	w := bufio.NewWriterSize(f, 256<<10)
 	if err := errors.Join(d.Write(ctx, w), w.Flush()); err != nil {
 		return err
 	}
-	return p.CloseAtomicallyReplace()
+	if err := f.Close(); err != nil {
+		return err
+	}
+	return r.keeper.Ask(ctx, assistRequest{Act: actDumpDone}, nil)
 }
 
 // restore puts a dump back.
 func (r *run) restore(ctx context.Context) error {
+	if err := r.isolate(r.Yes); err != nil {
+		return err
+	}
 	o := r.options()
 	if o.Decide != nil && !r.Yes {
 		o.Decide = nil // only -y restores: it loses what came after the dump

@@ -128,7 +128,7 @@ func TestDumpRestore(t *testing.T) {
 		if bad == good {
 			t.Fatal(name)
 		}
-		code := tool(nil, discard{}, discard{}).Execute(t.Context(), []string{"--format", "ploop", "--dump", "b.dump", "a.hds"}, discard{}, discard{})
+		code := exitOf(t, "--format", "ploop", "--dump", "b.dump", "a.hds")
 		if _, err := os.Stat("b.dump"); code != 4 && code != 8 || err == nil {
 			t.Errorf("%s: dumped although damaged: exit %d", name, code)
 		}
@@ -167,7 +167,7 @@ func TestDumpRestore(t *testing.T) {
 			t.Fatal(err)
 		}
 		before := imgtest.SHA256File(t, "a.hds")
-		code := tool(nil, discard{}, discard{}).Execute(t.Context(), []string{"--restore", "bad.dump", "-y", "a.hds"}, discard{}, discard{})
+		code := exitOf(t, "--restore", "bad.dump", "-y", "a.hds")
 		if code == 1 { // the damage was in a part that nobody looks at
 			want(t, 0, "-n", "a.hds")
 			poke(t, "a.hds", 64, []byte(strings.Repeat("\xff", 64)))
@@ -181,10 +181,6 @@ func TestDumpRestore(t *testing.T) {
 	}
 	want(t, 8, "--restore", "a.dump", "-y", "b.hds")
 }
-
-type discard struct{}
-
-func (discard) Write(p []byte) (int, error) { return len(p), nil }
 
 // What was written after the dump survives when only the roots are lost, and
 // a dump that would damage the image is refused.

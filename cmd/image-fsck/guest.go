@@ -6,17 +6,15 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/fusefs"
 	"github.com/imagestack/imagestack/guestfs"
 	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/sandbox"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 	"github.com/imagestack/imagestack/layers/qcow2"
@@ -57,10 +55,22 @@ func (r *run) guest(ctx context.Context) (err error) {
 	doc := guestDoc{Version: fsck.DocumentVersion, Image: r.Images[0], Filesystems: []guestCheck{}}
 	path := r.Images[0]
 	if r.Yes {
-		if doc.NewTop, err = createTop(ctx, path, o); err != nil {
+		// Made before the rights to make it are gone, and the image is read.
+		if r.top, err = emptyTop(path); err != nil {
 			return err
 		}
-		path, o.Format, o.Writable = doc.NewTop, "qcow2", true
+	} else if o.ScratchFile, err = open.NewScratchFile(""); err != nil {
+		return err
+	}
+	if err := r.isolate(false); err != nil {
+		if r.top != "" && r.keeper == nil {
+			err = errors.Join(err, os.Remove(r.top))
+		}
+		return err
+	}
+	if r.top != "" {
+		err = r.fillTop(ctx, path, o)
+		path, o.Format, o.Writable = r.top, "qcow2", true
 		if len(o.AllowPaths) == 0 {
 			// The new top stands beside the image; what the image itself may
 			// name is decided there.
@@ -69,17 +79,18 @@ func (r *run) guest(ctx context.Context) (err error) {
 	} else {
 		o.Scratch = true
 	}
-	if err := r.guestStack(ctx, path, o, &doc); err != nil {
-		if doc.NewTop != "" {
-			err = errors.Join(err, os.Remove(doc.NewTop))
-		}
-		return err
+	if err == nil {
+		err = r.guestStack(ctx, path, o, &doc)
 	}
-	if doc.NewTop != "" && doc.Exit&fsck.ExitCorrected == 0 {
-		if err := os.Remove(doc.NewTop); err != nil { // nothing was repaired
-			return err
+	if r.top != "" {
+		act := actDropTop // nothing was repaired
+		if err == nil && doc.Exit&fsck.ExitCorrected != 0 {
+			act, doc.NewTop = actKeepTop, r.top
 		}
-		doc.NewTop = ""
+		err = errors.Join(err, r.keeper.Ask(context.WithoutCancel(ctx), assistRequest{Act: act}, nil))
+	}
+	if err != nil {
+		return err
 	}
 	if r.JSON {
 		err = cli.PrintJSON(r.stdout, doc)
@@ -115,24 +126,36 @@ func (r *run) printGuest(doc *guestDoc) error {
 	return nil
 }
 
-// createTop makes an empty layer over the image.
-func createTop(ctx context.Context, path string, o open.Options) (_ string, err error) {
-	t, err := open.Follow(ctx, path, o)
-	if err == nil {
-		err = t.Err
-	}
-	if err != nil {
-		return "", err
-	}
-	base := t.Images[0]
+// emptyTop makes the file of a new top layer.
+func emptyTop(path string) (string, error) {
 	name := filepath.Clean(path) + ".guest.qcow2"
-	rel, err := filepath.Rel(filepath.Dir(name), base.Path)
-	if err != nil {
+	if _, err := os.Stat(path); err != nil {
 		return "", err
 	}
 	f, err := backend.Open(name, backend.Options{Writable: true, Create: true, Exclusive: true})
 	if err != nil {
 		return "", fmt.Errorf("new top layer: %w", err)
+	}
+	return name, f.Close()
+}
+
+// fillTop makes an empty layer over the image of the file.
+func (r *run) fillTop(ctx context.Context, path string, o open.Options) (err error) {
+	t, err := open.Follow(ctx, path, o)
+	if err == nil {
+		err = t.Err
+	}
+	if err != nil {
+		return err
+	}
+	base := t.Images[0]
+	rel, err := filepath.Rel(filepath.Dir(r.top), base.Path)
+	if err != nil {
+		return err
+	}
+	f, err := backend.Open(r.top, backend.Options{Writable: true})
+	if err != nil {
+		return fmt.Errorf("new top layer: %w", err)
 	}
 	format := base.Format
 	if format == "ploop" {
@@ -142,11 +165,7 @@ func createTop(ctx context.Context, path string, o open.Options) (_ string, err 
 	if err == nil {
 		err = f.Sync()
 	}
-	err = errors.Join(err, f.Close())
-	if err != nil {
-		return "", errors.Join(err, os.Remove(name))
-	}
-	return name, nil
+	return errors.Join(err, f.Close())
 }
 
 // guestStack shows the stack in a directory and checks what is in it.
@@ -161,6 +180,9 @@ func (r *run) guestStack(ctx context.Context, path string, o open.Options, doc *
 		return fmt.Errorf("%s: %w", r.Images[0], err)
 	}
 	fo := fusefs.Options{Image: r.Images[0], PID: os.Getpid(), UID: uint32(os.Geteuid()), GID: uint32(os.Getegid()), Umask: 0o77}
+	if r.user != nil { // who runs the checkers
+		fo.UID, fo.GID = uint32(r.user.UID), uint32(r.user.GID)
+	}
 	type target struct {
 		name, file string
 		start, n   int64
@@ -181,17 +203,12 @@ func (r *run) guestStack(ctx context.Context, path string, o open.Options, doc *
 	if err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp("", "image-fsck-")
-	if err != nil {
-		return errors.Join(err, fs.Shutdown())
-	}
-	defer func() { err = errors.Join(err, os.Remove(dir)) }()
-	srv, err := fusefs.Mount(dir, fs, fusefs.MountOptions{Source: "image-fsck", Flags: []string{"nodev", "nosuid", "noexec"}})
+	srv, err := r.showGuest(ctx, fs)
 	if err != nil {
 		return errors.Join(err, fs.Shutdown())
 	}
 	defer func() {
-		err = errors.Join(err, srv.Unmount())
+		err = errors.Join(err, r.keeper.Ask(context.WithoutCancel(ctx), assistRequest{Act: actLeave}, nil))
 		<-srv.Done()
 		err = errors.Join(err, fs.Shutdown())
 	}()
@@ -204,13 +221,36 @@ func (r *run) guestStack(ctx context.Context, path string, o open.Options, doc *
 			continue
 		}
 		c := guestCheck{Partition: t.name, Filesystem: kind}
-		if err := r.checkFS(ctx, &c, filepath.Join(dir, t.file)); err != nil {
+		if err := r.checkFS(ctx, &c, t.file); err != nil {
 			return err
 		}
 		doc.Exit |= c.Exit
 		doc.Filesystems = append(doc.Filesystems, c)
 	}
 	return nil
+}
+
+// showGuest shows the disk in a directory that the keeper makes. From then on
+// nothing is opened any more.
+func (r *run) showGuest(ctx context.Context, fs *fusefs.FS) (*fusefs.Server, error) {
+	conn, err := r.keeper.AskFile(ctx, assistRequest{Act: actAttach}, nil, -1)
+	if err == nil && conn < 0 {
+		err = errors.New("the keeper has sent no connection")
+	}
+	if err != nil {
+		return nil, err
+	}
+	err = sandbox.Seal(r.Sandbox)
+	var srv *fusefs.Server
+	if err == nil {
+		setup := assistSetup{User: r.user}
+		srv, err = fusefs.Serve(conn, fs, setup.mountOptions())
+	}
+	if err != nil {
+		return nil, errors.Join(err, r.keeper.Ask(ctx, assistRequest{Act: actLeave}, nil))
+	}
+	sandbox.Attack("serve") // of test builds
+	return srv, nil
 }
 
 // stackReader is a stack as an io.ReaderAt.
@@ -250,35 +290,35 @@ func (r *run) checkFS(ctx context.Context, c *guestCheck, file string) error {
 	switch c.Filesystem {
 	case "ext4":
 		if r.Yes {
-			code, err := r.program(ctx, c, "e2fsck", "-f", "-y", file)
+			code, err := r.program(ctx, c, "ext4 repair", file)
 			c.Exit = ext4Bits(code)
 			return err
 		}
 		// What the journal holds belongs to the filesystem: the layer on top,
 		// which nobody keeps, takes it.
-		if code, err := r.program(ctx, c, "e2fsck", "-y", "-E", "journal_only", file); err != nil || code > 1 {
+		if code, err := r.program(ctx, c, "ext4 journal", file); err != nil || code > 1 {
 			c.Exit = ext4Bits(code)
 			return err
 		}
-		code, err := r.program(ctx, c, "e2fsck", "-f", "-n", file)
+		code, err := r.program(ctx, c, "ext4 check", file)
 		c.Exit = ext4Bits(code)
 		return err
 	case "xfs":
-		code, err := r.program(ctx, c, "xfs_repair", "-n", "-f", file)
+		code, err := r.program(ctx, c, "xfs check", file)
 		if err != nil || code == 0 || !r.Yes {
 			c.Exit = plainBits(code)
 			return err
 		}
-		if code, err = r.program(ctx, c, "xfs_repair", "-f", file); err != nil || code != 0 {
+		if code, err = r.program(ctx, c, "xfs repair", file); err != nil || code != 0 {
 			c.Exit = plainBits(code) // 2: a log that only a mount can replay
 			return err
 		}
-		code, err = r.program(ctx, c, "xfs_repair", "-n", "-f", file)
+		code, err = r.program(ctx, c, "xfs check", file)
 		c.Exit = fsck.ExitCorrected | plainBits(code)
 		return err
 	}
 	// btrfs check --repair is not to be trusted: damage is only told.
-	code, err := r.program(ctx, c, "btrfs", "check", "--readonly", file)
+	code, err := r.program(ctx, c, "btrfs check", file)
 	c.Exit = plainBits(code)
 	return err
 }
@@ -304,67 +344,27 @@ func plainBits(code int) int {
 	return fsck.ExitUncorrected
 }
 
-// program runs a checker. Its output passes through, to stderr, but for
-// --json, which collects the end of it; e2fsck gets the descriptor of -C. An
-// error is one of running it at all.
-func (r *run) program(ctx context.Context, c *guestCheck, name string, args ...string) (int, error) {
-	path, err := lookProgram(name)
-	if err != nil {
-		return 0, err
-	}
-	shown := strings.Join(append([]string{name}, args[:len(args)-1]...), " ") + " " + c.Partition
-	if name == "e2fsck" && r.fd != nil {
-		args = append([]string{"-C", "3"}, args...)
-	}
-	cmd := exec.CommandContext(ctx, path, args...)
-	cmd.Cancel = func() error { return cmd.Process.Signal(unix.SIGTERM) }
-	if name == "e2fsck" && r.fd != nil {
-		cmd.ExtraFiles = []*os.File{r.fd.f}
-	}
-	cmd.Env = append(os.Environ(), "LC_ALL=C")
-	var out tailBuffer
-	if r.JSON {
-		cmd.Stdout, cmd.Stderr = &out, &out
-	} else {
+// program lets the keeper run a checker. Its output passes through, to stderr,
+// but for --json, which collects the end of it; e2fsck gets the descriptor of
+// -C. An error is one of running it at all.
+func (r *run) program(ctx context.Context, c *guestCheck, name, file string) (int, error) {
+	s := steps[name]
+	shown := strings.Join(append(append([]string{s.program}, s.args...), c.Partition), " ")
+	if !r.JSON {
 		fmt.Fprintf(r.stderr, "image-fsck: %s\n", shown)
-		cmd.Stdout, cmd.Stderr = r.stderr, r.stderr
 	}
-	err = cmd.Run()
+	var done ran
+	err := r.keeper.Ask(ctx, assistRequest{Act: actRun, Step: name, Name: file, Quiet: r.JSON}, &done)
 	if cause := context.Cause(ctx); cause != nil {
 		return 0, cause
 	}
-	var exit *exec.ExitError
-	if err != nil && (!errors.As(err, &exit) || !exit.Exited()) {
-		return 0, fmt.Errorf("%s: %w", name, err)
+	if err != nil {
+		return 0, err
 	}
-	code := cmd.ProcessState.ExitCode()
-	c.Commands = append(c.Commands, guestRun{Command: shown, Exit: code, Output: string(out.b)})
-	return code, nil
-}
-
-// lookProgram finds a program also where only root's PATH leads.
-func lookProgram(name string) (string, error) {
-	path, err := exec.LookPath(name)
-	if err == nil {
-		return path, nil
+	run := guestRun{Command: shown, Exit: done.Exit}
+	if r.JSON {
+		run.Output = done.Output
 	}
-	for _, dir := range []string{"/usr/sbin", "/sbin", "/usr/local/sbin"} {
-		if p := filepath.Join(dir, name); unix.Access(p, unix.X_OK) == nil {
-			return p, nil
-		}
-	}
-	return "", fmt.Errorf("%w: the checker of the filesystem is not installed", err)
-}
-
-// tailBuffer keeps the last 64 KiB.
-type tailBuffer struct{ b []byte }
-
-const tailBytes = 64 << 10
-
-func (t *tailBuffer) Write(p []byte) (int, error) {
-	t.b = append(t.b, p...)
-	if over := len(t.b) - tailBytes; over > 0 {
-		t.b = append(t.b[:0], t.b[over:]...)
-	}
-	return len(p), nil
+	c.Commands = append(c.Commands, run)
+	return done.Exit, nil
 }

@@ -11,6 +11,8 @@ import (
 
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/helper"
+	"github.com/imagestack/imagestack/internal/keeper"
 )
 
 // flags of the command line; see design section 6 and fsck(8).
@@ -34,12 +36,18 @@ type flags struct {
 	Format        string   `placeholder:"FMT" help:"Format of IMAGE: raw, ploop (alias parallels) or qcow2; found out if not given."`
 	BackingFormat string   `placeholder:"FMT" help:"Format of a backing file whose format the image does not state."`
 	AllowPath     []string `placeholder:"DIR" sep:"none" help:"Also look at parents and data files in this directory (repeatable)."`
-	Data          bool     `help:"Also decompress every compressed cluster."`
-	Compat        string   `placeholder:"TOOL" enum:",qemu" default:"" help:"qemu: exit codes and output of qemu-img check; looks at the one file only."`
-	Images        []string `arg:"" name:"image" placeholder:"IMAGE" help:"Top layer, DiskDescriptor.xml or bundle directory."`
+	cli.SandboxFlags
+	UID    string   `name:"uid" placeholder:"USER" help:"Let the check run as this user (root); for checks that change nothing."`
+	Data   bool     `help:"Also decompress every compressed cluster."`
+	Compat string   `placeholder:"TOOL" enum:",qemu" default:"" help:"qemu: exit codes and output of qemu-img check; looks at the one file only."`
+	Images []string `arg:"" name:"image" placeholder:"IMAGE" help:"Top layer, DiskDescriptor.xml or bundle directory."`
 }
 
 func main() {
+	helper.Be()
+	if keeper.Be("fsck-keeper", newAssistant) {
+		os.Exit(cli.ExitOK)
+	}
 	cli.Main(tool(os.Stdin, os.Stdout, os.Stderr))
 }
 

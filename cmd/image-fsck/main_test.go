@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -11,34 +12,58 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/helper"
 	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/keeper"
 )
 
 // The test binary is image-fsck when this is set.
 const toolEnv = "IMAGESTACK_TEST_IMAGE_FSCK"
 
 func TestMain(m *testing.M) {
-	if os.Getenv(toolEnv) != "" {
+	// What the tool starts of itself must never run the tests: they would
+	// start it again, and so on.
+	if os.Getenv(toolEnv) != "" || keeper.Wanted() || helper.Wanted() {
 		main()
+		os.Exit(0)
 	}
 	os.Exit(m.Run())
 }
 
-// want runs the tool in this process and fails the test unless it exits as
-// wanted.
+// command is image-fsck with these arguments, not started yet. A process of
+// its own: what it gives up it does not get back.
+func command(ctx context.Context, args ...string) *exec.Cmd {
+	cmd := exec.CommandContext(ctx, os.Args[0], args...)
+	cmd.Env = append(os.Environ(), toolEnv+"=1")
+	cmd.WaitDelay = 30 * time.Second
+	return cmd
+}
+
+// want runs the tool and fails the test unless it exits as wanted.
 func want(t *testing.T, exit int, args ...string) (stdout, stderr string) {
 	t.Helper()
 	var out, errOut bytes.Buffer
-	code := tool(nil, &out, &errOut).Execute(t.Context(), args, &out, &errOut)
-	if code != exit {
-		t.Fatalf("image-fsck %q: exit %d, want %d\n%s%s", args, code, exit, out.String(), errOut.String())
+	cmd := command(t.Context(), args...)
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	err := cmd.Run()
+	if code := cmd.ProcessState.ExitCode(); code != exit {
+		t.Fatalf("image-fsck %q: exit %d, want %d (%v)\n%s%s", args, code, exit, err, out.String(), errOut.String())
 	}
 	return out.String(), errOut.String()
+}
+
+// exitOf runs the tool and returns its exit code.
+func exitOf(t *testing.T, args ...string) int {
+	t.Helper()
+	cmd := command(t.Context(), args...)
+	_ = cmd.Run() // the exit code tells
+	return cmd.ProcessState.ExitCode()
 }
 
 func TestUsage(t *testing.T) {

@@ -12,6 +12,8 @@ import (
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/keeper"
+	"github.com/imagestack/imagestack/internal/sandbox"
 	"github.com/imagestack/imagestack/layers/open"
 )
 
@@ -22,13 +24,20 @@ type run struct {
 	stdout, stderr io.Writer
 	progress       *cli.Progress
 	fd             *fdProgress
+	keeper         *keeper.Keeper // nil when there is nothing for one to do
+	spill          *fsck.SpillFiles
+	user           *sandbox.User // to become, nil to stay
+	top            string        // the new top layer of --guest -y, "" if none
 }
 
 func (r *run) do(ctx context.Context) error {
-	if err := r.check(); err != nil {
+	err := r.check()
+	if err == nil {
+		err = r.lookUser()
+	}
+	if err != nil {
 		return cli.Usage(err)
 	}
-	var err error
 	if r.ProgressFD != nil && *r.ProgressFD == 0 && r.Progress == "auto" {
 		r.Progress = "bar"
 	}
@@ -41,6 +50,7 @@ func (r *run) do(ctx context.Context) error {
 		}
 		defer r.fd.close()
 	}
+	defer r.close()
 	switch {
 	case r.UndoApply != "":
 		return r.undo(ctx)
@@ -86,6 +96,8 @@ func (r *run) check() error {
 		return errors.New("--undo is for repairs and --restore")
 	case (r.Restore != "" || r.Guest) && (r.Preen || r.Auto):
 		return errors.New("--restore and --guest are for -n or -y")
+	case r.UID != "" && (modes > 0 && !r.No || r.UndoApply != ""):
+		return errors.New("--uid is for checks that change nothing: what is changed would belong to that user")
 	case r.No && r.Undo != "":
 		return errors.New("--undo is of no use with -n")
 	case r.Compat != "" && len(r.Images) != 1:
@@ -107,10 +119,13 @@ func isDir(path string) bool {
 func (r *run) options() fsck.RunOptions {
 	o := fsck.RunOptions{
 		Open:   open.Options{Format: r.Format, BackingFormat: r.BackingFormat, AllowPaths: r.AllowPath},
-		Memory: int64(r.Memory), Data: r.Data, Undo: r.Undo, Single: r.Compat != "",
+		Memory: int64(r.Memory), Data: r.Data, Undo: r.undoStore(), Single: r.Compat != "",
+	}
+	if r.spill != nil {
+		o.Spill = r.spill.Get
 	}
 	switch {
-	case r.No:
+	case r.No || r.UID != "":
 	case r.Preen || r.Auto:
 		o.Decide = fsck.DecidePreen
 	case r.Yes:
@@ -131,6 +146,9 @@ func (r *run) options() fsck.RunOptions {
 }
 
 func (r *run) fsck(ctx context.Context) error {
+	if err := r.isolate(r.options().Decide != nil); err != nil {
+		return err
+	}
 	o := r.options()
 	bits := 0
 	var results []*fsck.ImageResult
@@ -199,6 +217,9 @@ func (r *run) undo(ctx context.Context) (err error) {
 		if err := l.Lock(backend.WriterUse, backend.WriterUnshare); err != nil && !errors.Is(err, errors.ErrUnsupported) {
 			return err
 		}
+	}
+	if err := r.seal(); err != nil {
+		return err
 	}
 	res, err := fsck.ApplyUndo(ctx, u, f, fsck.UndoOptions{Force: r.Force})
 	switch {

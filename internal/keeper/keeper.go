@@ -60,6 +60,8 @@ type Options struct {
 	Title string // shown by ps after "(keeper)"
 	// Stderr is the keeper's, nil for none.
 	Stderr *os.File
+	// Here keeps the working directory; else it is /, so as not to be busy.
+	Here bool
 	// Files are passed on, as descriptors 4, 5, ….
 	Files []*os.File
 }
@@ -80,7 +82,9 @@ func Start(setup any, o Options) (*Keeper, error) {
 	if o.Stderr != nil {
 		cmd.Stderr = o.Stderr
 	}
-	cmd.Dir = "/"
+	if !o.Here {
+		cmd.Dir = "/"
+	}
 	err = cmd.Start()
 	if err == nil {
 		err = errors.Join(k.send(setup, -1), cmd.Process.Release())
