@@ -29,7 +29,7 @@ var hooked = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	_, self, _, _ := runtime.Caller(0)
-	build := exec.Command("go", "build", "-buildvcs=false", "-tags", "imagestack_testhook", "-o", dir+"/", "./cmd/mount-image", "./cmd/image-stack")
+	build := exec.Command("go", "build", "-buildvcs=false", "-tags", "imagestack_testhook", "-o", dir+"/", "./cmd/mount-image", "./cmd/image-stack", "./cmd/image-fsck")
 	build.Dir = filepath.Dir(filepath.Dir(self))
 	out, err := build.CombinedOutput()
 	if err != nil {
@@ -111,8 +111,19 @@ func TestCompromisedParser(t *testing.T) {
 		{"mount", []string{"mount-image", "-f"}, []string{"parse", "serve"}, []string{"parse read-image"}},
 		{"write", []string{"mount-image", "-f", "-w"}, []string{"parse", "serve"}, []string{"parse read-image", "parse write-image"}},
 		{"scratch", []string{"mount-image", "-f", "--scratch"}, []string{"parse", "serve"}, []string{"parse read-image"}},
+		{"fsck", []string{"image-fsck", "-n"}, []string{"parse"}, []string{"parse read-image"}},
+		{"fsck as nobody", []string{"image-fsck", "-n", "--uid", "nobody"}, []string{"parse"}, []string{"parse read-image"}},
+		{"repair", []string{"image-fsck", "-y"}, []string{"parse"}, []string{"parse read-image", "parse write-image"}},
+		{"repair, undo elsewhere", []string{"image-fsck", "-y", "--undo", t.TempDir()}, []string{"parse"}, []string{"parse read-image", "parse write-image"}},
+		{"dump", []string{"image-fsck", "--dump", filepath.Join(t.TempDir(), "dump")}, []string{"parse"}, []string{"parse read-image"}},
+		{"guest", []string{"image-fsck", "--guest"}, []string{"parse", "serve"}, []string{"parse read-image"}},
+		{"guest as nobody", []string{"image-fsck", "--guest", "--uid", "nobody"}, []string{"parse", "serve"}, []string{"parse read-image"}},
+		{"guest repair", []string{"image-fsck", "--guest", "-y"}, []string{"parse", "serve"}, []string{"parse read-image"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
+			if slices.Contains(c.args, "--uid") {
+				imgtest.RequireRoot(t)
+			}
 			args := append(c.args, "--sandbox=require", image)
 			done := never
 			if c.args[0] == "mount-image" {
@@ -135,23 +146,48 @@ func TestCompromisedParser(t *testing.T) {
 			}
 		})
 	}
-	// Without the sandbox the attempts are no empty gestures.
-	t.Run("control", func(t *testing.T) {
-		only := "IMAGESTACK_ATTACK_ONLY=open-secret,write-elsewhere,write-image,connect,exec,kill-parent"
-		got := attacked(t, []string{"IMAGESTACK_ATTACK=parse=" + image, only}, never, "image-stack", "info", "--sandbox=off", image)
-		_ = os.Remove("/var/tmp/imagestack-was-here")
-		if os.Geteuid() != 0 {
-			delete(got, "parse open-secret")
+	t.Run("taking back", func(t *testing.T) {
+		// A repair that is undone: then everything is open before.
+		leaky := createQcow2(t, t.TempDir(), 8<<20, false)
+		f, err := os.OpenFile(leaky, os.O_RDWR, 0)
+		if err != nil {
+			t.Fatal(err)
 		}
-		if len(got) < 5 {
-			t.Errorf("%v", got)
+		// A ninth cluster, counted and used by nothing.
+		_, err = f.WriteAt([]byte{0, 1}, 2<<16+2*8)
+		if err := errors.Join(err, f.Truncate(9<<16), f.Close()); err != nil {
+			t.Fatal(err)
 		}
-		for what, g := range got {
-			if g != "SUCCEEDED" {
-				t.Errorf("%s: %s", what, g)
+		undo := filepath.Join(t.TempDir(), "undo")
+		if exit, out := imgtest.Try(t, "image-fsck", "-y", "--undo", undo, leaky); exit&1 == 0 {
+			t.Fatalf("nothing was repaired: exit %d %s", exit, out)
+		}
+		got := attacked(t, []string{"IMAGESTACK_ATTACK=parse=" + leaky}, never, "image-fsck", "--sandbox=require", "--undo-apply", undo, leaky)
+		for _, what := range attempts {
+			if g := got["parse "+what]; g != "stopped" {
+				t.Errorf("%s: %q", what, g)
 			}
 		}
 	})
+	// Without the sandbox the attempts are no empty gestures.
+	for _, tool := range [][]string{{"image-stack", "info"}, {"image-fsck", "-n"}} {
+		t.Run("control "+tool[0], func(t *testing.T) {
+			only := "IMAGESTACK_ATTACK_ONLY=open-secret,write-elsewhere,write-image,connect,exec,kill-parent"
+			got := attacked(t, []string{"IMAGESTACK_ATTACK=parse=" + image, only}, never, append(tool, "--sandbox=off", image)...)
+			_ = os.Remove("/var/tmp/imagestack-was-here")
+			if os.Geteuid() != 0 {
+				delete(got, "parse open-secret")
+			}
+			if len(got) < 5 {
+				t.Errorf("%v", got)
+			}
+			for what, g := range got {
+				if g != "SUCCEEDED" {
+					t.Errorf("%s: %s", what, g)
+				}
+			}
+		})
+	}
 }
 
 // served reports whether a disk answers in dir.
@@ -394,5 +430,13 @@ func TestSandboxFlags(t *testing.T) {
 	}
 	if exit, out := imgtest.Try(t, "image-stack", "info", "--sandbox=maybe", image); exit != 2 {
 		t.Errorf("exit %d %s", exit, out)
+	}
+	for _, args := range [][]string{
+		{"--sandbox=maybe", image}, {"--uid", "no such user", image}, {"--uid", "nobody", "--sandbox=off", image}, {"--uid", "nobody", "-y", image},
+		{"--uid", "nobody", "--undo-apply", "x", image},
+	} {
+		if exit, out := imgtest.Try(t, "image-fsck", args...); exit != 16 {
+			t.Errorf("%q: exit %d %s", args, exit, out)
+		}
 	}
 }

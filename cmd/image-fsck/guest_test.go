@@ -2,11 +2,18 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
+	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/internal/imgtest"
 )
 
@@ -58,6 +65,12 @@ func TestGuest(t *testing.T) {
 			t.Errorf("%+v", doc)
 		}
 	}
+	// The same within all limits, as another user, and without any.
+	for _, args := range [][]string{{"--sandbox=require"}, {"--sandbox=require", "--uid", "nobody"}, {"--sandbox=off"}} {
+		if doc := guestJSON(t, 0, append(args, "good.qcow2")...); len(doc.Filesystems) != 2 || len(doc.Filesystems[0].Commands) != 2 {
+			t.Errorf("%q: %+v", args, doc)
+		}
+	}
 	partitioned(t, "bad.qcow2", func(p string) {
 		// A bitmap that says the contrary, and a directory entry to nowhere.
 		imgtest.Run(t, "debugfs", "-w", "-R", "freeb 9 100", p)
@@ -89,6 +102,61 @@ func TestGuest(t *testing.T) {
 	// The second new top is refused: it would overwrite the first.
 	if _, stderr := want(t, 8, "--guest", "-y", "bad.qcow2"); !strings.Contains(stderr, "file exists") {
 		t.Error(stderr)
+	}
+}
+
+// However a check ends, nothing stays behind: no mount, no new top, no checker.
+func TestGuestEnds(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "mkfs.ext4")
+	imgtest.RequireFuse(t)
+	dir := t.TempDir()
+	t.Chdir(dir)
+	imgtest.Run(t, "truncate", "-s", "8M", "d.raw")
+	imgtest.Run(t, "mkfs.ext4", "-q", "-F", "d.raw")
+	if err := os.Mkdir("bin", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	// A checker that does not end by itself.
+	if err := os.WriteFile("bin/e2fsck", []byte("#!/bin/sh\necho $$ >"+dir+"/pid\nexec sleep 300\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, sig := range []unix.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGKILL} {
+		tmp := t.TempDir()
+		cmd := command(t.Context(), "--guest", "-y", "--sandbox=off", "d.raw")
+		cmd.Env = append(cmd.Env, "PATH="+dir+"/bin:"+os.Getenv("PATH"), "TMPDIR="+tmp)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		pid := 0
+		await(t, "the checker runs", func() bool {
+			b, err := os.ReadFile("pid")
+			n, _ := fmt.Sscan(string(b), &pid)
+			return err == nil && n == 1
+		})
+		if err := cmd.Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait() // the exit code tells
+		if code := cmd.ProcessState.ExitCode(); sig != unix.SIGKILL && code != fsck.ExitCancelled {
+			t.Errorf("%v: exit %d", sig, code)
+		}
+		await(t, "all is gone", func() bool {
+			left, err := os.ReadDir(tmp)
+			_, top := os.Stat("d.raw.guest.qcow2")
+			return err == nil && len(left) == 0 && errors.Is(top, fs.ErrNotExist) && unix.Kill(pid, 0) != nil
+		})
+		if err := os.Remove("pid"); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func await(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	for end := time.Now().Add(15 * time.Second); !done(); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it never came: ", what)
+		}
 	}
 }
 
