@@ -103,7 +103,7 @@ func (srv *server) attach(whole backend.File) (err error) {
 	}
 	conn := -1
 	hand := func(fd int) (err error) {
-		_, conn, err = srv.keeper.askWith(askAttach, fd)
+		conn, err = srv.askAttach(fd)
 		return err
 	}
 	if whole != nil {
@@ -125,11 +125,11 @@ func (srv *server) attach(whole backend.File) (err error) {
 		srv.mount, err = fusefs.Serve(conn, srv.fs, o)
 	}
 	if err == nil && whole != nil {
-		a, askErr := srv.keeper.ask(askBacking)
+		a, askErr := srv.ask(askBacking)
 		err = srv.settle(askErr, a.Backing)
 	}
 	if err != nil {
-		_, leaveErr := srv.keeper.ask(askLeave)
+		_, leaveErr := srv.ask(askLeave)
 		return errors.Join(err, leaveErr)
 	}
 	return nil
@@ -139,7 +139,7 @@ func (srv *server) probe() error {
 	if srv.keeper == nil {
 		return srv.place.probe()
 	}
-	_, err := srv.keeper.ask(askProbe)
+	_, err := srv.ask(askProbe)
 	return err
 }
 
@@ -147,7 +147,7 @@ func (srv *server) attachLoop() (string, error) {
 	if srv.keeper == nil {
 		return srv.place.attachLoop()
 	}
-	a, err := srv.keeper.ask(askLoop)
+	a, err := srv.ask(askLoop)
 	return a.Loop, err
 }
 
@@ -160,7 +160,7 @@ func (srv *server) leave() (lazy bool) {
 		}
 		return lazy
 	}
-	a, err := srv.keeper.ask(askLeave)
+	a, err := srv.ask(askLeave)
 	if err != nil {
 		srv.report(err)
 		return true

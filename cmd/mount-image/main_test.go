@@ -14,6 +14,7 @@ import (
 
 	"github.com/imagestack/imagestack/fusefs"
 	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/keeper"
 	"github.com/imagestack/imagestack/internal/loopdev"
 	"github.com/imagestack/imagestack/internal/mounttab"
 )
@@ -24,7 +25,7 @@ const toolEnv = "IMAGESTACK_TEST_MOUNT_IMAGE"
 func TestMain(m *testing.M) {
 	// What the tool starts of itself must never run the tests: they would
 	// start it again, and so on.
-	if os.Getenv(toolEnv) != "" || os.Getenv(keeperEnv) != "" {
+	if os.Getenv(toolEnv) != "" || keeper.Wanted() {
 		main()
 		os.Exit(0)
 	}

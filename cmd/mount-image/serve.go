@@ -15,6 +15,7 @@ import (
 	"github.com/imagestack/imagestack/fusefs"
 	"github.com/imagestack/imagestack/guestfs"
 	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/keeper"
 	"github.com/imagestack/imagestack/internal/mounttab"
 	"github.com/imagestack/imagestack/internal/sandbox"
 	"github.com/imagestack/imagestack/layers"
@@ -31,7 +32,7 @@ type server struct {
 	place *place
 	// keeper acts on the place for an isolated server, nil for one that is
 	// not.
-	keeper *keeper
+	keeper *keeper.Keeper
 	loop   string // device, "" when none
 	parts  []guestfs.Partition
 	log    *log.Logger
@@ -54,7 +55,7 @@ func serve(ctx context.Context, s *settings, daemon *cli.Daemon) (err error) {
 		return err
 	}
 	if srv.keeper != nil {
-		defer srv.keeper.close()
+		defer srv.keeper.Close()
 	}
 	sandbox.Attack("parse") // of test builds
 	if srv.stack, err = open.Open(ctx, s.image, s.open); err != nil {
