@@ -12,7 +12,6 @@ import (
 	"path/filepath"
 
 	"github.com/imagestack/imagestack/blockmap"
-	"github.com/imagestack/imagestack/internal/cli"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 )
