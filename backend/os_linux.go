@@ -50,10 +50,19 @@ type osFile struct {
 
 	direct *direct // nil unless opened with O_DIRECT
 
+	// writing lets one long buffered write at a time into the kernel. A
+	// filesystem takes them one after the other anyway, and those who wait
+	// for the inode's lock there spin.
+	writing sync.Mutex
+
 	lockMu sync.Mutex
 	use    Perm // bytes 100+n that we hold
 	unsh   Perm // bytes 200+n that we hold
 }
+
+// longWrite is from how many bytes on waiting for a mutex is cheaper than
+// spinning for the inode.
+const longWrite = 128 << 10
 
 // Open opens a regular file or a block device. Anything else (a FIFO, a
 // socket, a character device, a directory) is an error, and opening it does
@@ -253,6 +262,10 @@ func (o *osFile) ReadAt(p []byte, off int64) (int, error) {
 func (o *osFile) WriteAt(p []byte, off int64) (int, error) {
 	if o.direct != nil {
 		return o.directWriteAt(p, off)
+	}
+	if !o.block && len(p) >= longWrite {
+		o.writing.Lock()
+		defer o.writing.Unlock()
 	}
 	return o.f.WriteAt(p, off)
 }
