@@ -275,7 +275,9 @@ type dumpReader struct {
 
 func newDumpReader(r io.Reader) (*dumpReader, error) {
 	head := make([]byte, 12)
-	if _, err := io.ReadFull(r, head); err != nil || string(head[:8]) != dumpMagic {
+	if _, err := io.ReadFull(r, head); unread(err) {
+		return nil, err
+	} else if err != nil || string(head[:8]) != dumpMagic {
 		return nil, fmt.Errorf("%w: wrong magic", ErrDump)
 	}
 	if v := binary.LittleEndian.Uint32(head[8:]); v != dumpVersion {
@@ -298,6 +300,9 @@ func newDumpReader(r io.Reader) (*dumpReader, error) {
 	i := &d.id
 	if err != nil || size > maxIdentity || i.FileSize < 0 || i.VirtualSize < 0 || i.End < 0 || i.End > i.FileSize || i.ClusterSize <= 0 {
 		z.Close()
+		if unread(err) {
+			return nil, err
+		}
 		return nil, fmt.Errorf("%w: its identity", ErrDump)
 	}
 	return d, nil
@@ -307,7 +312,9 @@ func newDumpReader(r io.Reader) (*dumpReader, error) {
 func (d *dumpReader) next() (*dumpRecord, error) {
 	bad := func(why string) error { return fmt.Errorf("%w: record %d: %s", ErrDump, d.n, why) }
 	h := make([]byte, dumpHead+4)
-	if _, err := io.ReadFull(d.r, h); err != nil {
+	if _, err := io.ReadFull(d.r, h); unread(err) {
+		return nil, err
+	} else if err != nil {
 		return nil, bad("cut off")
 	}
 	le := binary.LittleEndian
@@ -319,7 +326,9 @@ func (d *dumpReader) next() (*dumpRecord, error) {
 	d.buf = append(d.buf[:0], h[:dumpHead]...)
 	d.buf = append(d.buf, make([]byte, size)...)
 	rec.data = d.buf[dumpHead:]
-	if _, err := io.ReadFull(d.r, rec.data); err != nil {
+	if _, err := io.ReadFull(d.r, rec.data); unread(err) {
+		return nil, err
+	} else if err != nil {
 		return nil, bad("cut off")
 	}
 	switch {

@@ -10,6 +10,8 @@ import (
 	"io"
 	"math"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/imagestack/imagestack/backend"
 )
 
@@ -147,6 +149,13 @@ type undoRecord struct {
 // zeroBlock is the content of holes.
 var zeroBlock [undoBlock]byte
 
+// unread tells a file that the system cannot read from one that is damaged or
+// too short.
+func unread(err error) bool {
+	var errno unix.Errno
+	return errors.As(err, &errno)
+}
+
 // content is what the range held.
 func (r *undoRecord) content() []byte {
 	if r.hole {
@@ -215,7 +224,9 @@ func newUndoReader(f io.ReaderAt, off, end int64) *undoReader {
 func (u *undoReader) next() (*undoRecord, error) {
 	bad := func(why string) error { return fmt.Errorf("%w: record at %#x: %s", ErrUndo, u.at, why) }
 	u.buf = append(u.buf[:0], make([]byte, undoRecordSize)...)
-	if _, err := io.ReadFull(u.r, u.buf); err != nil {
+	if _, err := io.ReadFull(u.r, u.buf); unread(err) {
+		return nil, err
+	} else if err != nil {
 		return nil, bad("cut off")
 	}
 	le := binary.LittleEndian
@@ -240,7 +251,9 @@ func (u *undoReader) next() (*undoRecord, error) {
 		return nil, bad("unknown kind")
 	}
 	u.buf = append(u.buf, make([]byte, size)...)
-	if _, err := io.ReadFull(u.r, u.buf[undoRecordSize:]); err != nil {
+	if _, err := io.ReadFull(u.r, u.buf[undoRecordSize:]); unread(err) {
+		return nil, err
+	} else if err != nil {
 		return nil, bad("cut off")
 	}
 	if le.Uint32(u.buf[16:]) != recordCRC(u.buf) {

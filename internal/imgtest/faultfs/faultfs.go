@@ -98,7 +98,7 @@ func Mount(below, dir string) (*FS, error) {
 	root := &node{LoopbackNode: fs.LoopbackNode{RootData: data}, f: f}
 	data.RootNode = root
 	o := &fs.Options{MountOptions: fuse.MountOptions{
-		Name: "faultfs", FsName: below, DirectMountStrict: true, MaxWrite: 1 << 20, DisableXAttrs: true, AllowOther: true,
+		Name: "faultfs", FsName: below, DirectMountStrict: true, MaxWrite: 512 << 10, DisableXAttrs: true, AllowOther: true,
 	}}
 	srv, err := fs.Mount(dir, root, o)
 	if err != nil {
