@@ -1,12 +1,12 @@
 package guestfs
 
 import (
-	"bytes"
 	"encoding/binary"
 	"io"
 
 	"github.com/imagestack/imagestack/guestfs/btrfs"
 	"github.com/imagestack/imagestack/guestfs/ext4"
+	"github.com/imagestack/imagestack/guestfs/fat"
 	"github.com/imagestack/imagestack/guestfs/freespace"
 	"github.com/imagestack/imagestack/guestfs/swap"
 	"github.com/imagestack/imagestack/guestfs/xfs"
@@ -34,7 +34,7 @@ var formats = []format{
 	{"lvm2", detectLVM, nil},
 	{"ntfs", magic(3, "NTFS    "), nil},
 	{"exfat", magic(3, "EXFAT   "), nil},
-	{"fat", detectFAT, nil},
+	{"fat", fat.Detect, fat.Free},
 	{"bitlocker", magic(3, "-FVE-FS-"), nil},
 	{"luks", magic(0, "LUKS\xba\xbe"), nil},
 	{"md", magic(0, "\xfc\x4e\x2b\xa9"), nil},
@@ -67,11 +67,6 @@ func detectLVM(head []byte) bool {
 		}
 	}
 	return false
-}
-
-func detectFAT(head []byte) bool {
-	return len(head) >= 512 && head[510] == 0x55 && head[511] == 0xaa &&
-		(bytes.HasPrefix(head[54:], []byte("FAT1")) || bytes.HasPrefix(head[54:], []byte("FAT  ")) || string(head[82:87]) == "FAT32")
 }
 
 // signatures are all the kinds of content that an area of size bytes shows.

@@ -1,9 +1,7 @@
 package ext4
 
 import (
-	"encoding/binary"
 	"io"
-	"math/bits"
 
 	"github.com/imagestack/imagestack/guestfs/freespace"
 )
@@ -35,12 +33,12 @@ func (w *walker) group(g uint64, d desc) error {
 			return err
 		}
 	}
-	if start, _ := nextZeros(w.buf, clusters, s.clustersPerGroup); start < s.clustersPerGroup {
+	if start, _ := freespace.NextZeros(w.buf, clusters, s.clustersPerGroup); start < s.clustersPerGroup {
 		return damaged("bitmap of group %d: bit %d behind the end of the filesystem is clear", g, start)
 	}
 	free, used := uint64(0), w.used
 	for at := uint64(0); ; {
-		start, n := nextZeros(w.buf, at, clusters)
+		start, n := freespace.NextZeros(w.buf, at, clusters)
 		if n == 0 {
 			break
 		}
@@ -80,34 +78,4 @@ func (w *walker) synthesise(first, blocks, clusters uint64) {
 	for c := clusters; c < w.s.clustersPerGroup; c++ {
 		w.buf[c/8] |= 1 << (c % 8)
 	}
-}
-
-// nextZeros finds the first run of zero bits of b in [at, end): its start and
-// length, or end and 0. The lowest bit of a byte comes first.
-func nextZeros(b []byte, at, end uint64) (start, n uint64) {
-	start = nextBit(b, at, end, false)
-	return start, nextBit(b, start, end, true) - start
-}
-
-// nextBit finds the first bit in [at, end) that is as wanted, or end.
-func nextBit(b []byte, at, end uint64, set bool) uint64 {
-	for at < end {
-		var w uint64
-		i := at / 64 * 8
-		if i+8 <= uint64(len(b)) {
-			w = binary.LittleEndian.Uint64(b[i:])
-		} else {
-			for k := range uint64(len(b)) - i {
-				w |= uint64(b[i+k]) << (8 * k)
-			}
-		}
-		if !set {
-			w = ^w
-		}
-		if w >>= at % 64; w != 0 {
-			return min(at+uint64(bits.TrailingZeros64(w)), end)
-		}
-		at = at/64*64 + 64
-	}
-	return end
 }
