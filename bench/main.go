@@ -41,6 +41,7 @@ type options struct {
 	dir         string
 	mountImage  string
 	list        bool
+	compact     bool
 	verbose     bool
 }
 
@@ -61,6 +62,7 @@ func parseOptions(args []string) (*options, error) {
 	f.StringVar(&o.dir, "dir", "/var/tmp", "where the images are made; a real disk, for the cold lines")
 	f.StringVar(&o.mountImage, "mount-image", "", "measure this binary and not one built from the source tree")
 	f.BoolVar(&o.list, "list", false, "print the keys of the lines that would be measured")
+	f.BoolVar(&o.compact, "compact", false, "measure image-compact beside qemu-img convert instead")
 	f.BoolVar(&o.verbose, "v", false, "also print the commands")
 	if err := f.Parse(args); err != nil {
 		return nil, err
@@ -172,6 +174,9 @@ func run(ctx context.Context, o *options, begin time.Time) (err error) {
 	dir, err := scratch(&cleanup, o.dir)
 	if err != nil {
 		return err
+	}
+	if o.compact {
+		return runCompact(ctx, o, dir, &cleanup, say)
 	}
 	r, err := newRunner(ctx, o, dir, &cleanup, say)
 	if err != nil {
