@@ -27,9 +27,10 @@ type HostSpace interface {
 	// to the active map alone, so that dropping them gives it back: what an
 	// internal snapshot shares is left out. They come in guest order as
 	// extents of whole clusters (the last one may be cut by the end of the
-	// disk), neighbours joined: Data, Packed (each cluster for itself), or
-	// Zero for a cluster that reads as zeros and has a place nevertheless. An
-	// error of visit ends it and is returned.
+	// disk), neighbours joined: Data, Packed (each cluster for itself), Zero
+	// for a cluster that reads as zeros and has a place nevertheless, or
+	// Unmapped for one that is stored in parts only (subclusters; each for
+	// itself). An error of visit ends it and is returned.
 	Own(ctx context.Context, off, n int64, visit func(blockmap.Extent) error) error
 }
 

@@ -2,9 +2,9 @@ package rewrite
 
 import (
 	"context"
+	"errors"
 
 	"github.com/imagestack/imagestack/guestfs"
-	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 )
 
@@ -107,25 +107,52 @@ type Report struct {
 // ErrUnsupported, ErrPolicy, ErrBase, ErrPending, ErrNotPending, or those of
 // the operating system.
 func Estimate(ctx context.Context, path string, o Options) (*Report, error) {
-	return nil, layers.ErrUnsupported
+	t, err := openTarget(ctx, path, &o, estimating)
+	if err != nil {
+		return nil, err
+	}
+	j, err := newJob(ctx, t, o)
+	if err == nil {
+		if t.pending {
+			j.r.Notes = append(j.r.Notes, "an earlier run was interrupted: --resume or --abandon it")
+		}
+		err = j.estimate()
+	}
+	return j.r, errors.Join(err, t.stack.Close())
 }
 
 // Compact makes the image smaller. When ctx ends it stops at a consistent
 // point with ctx's error, and the record stays: Resume or Abandon go on.
-// Another error leaves a consistent image as well, and the report says how far
-// it came.
+// Another error leaves a consistent image as well, and the report, if there is
+// one, says how far it came.
 func Compact(ctx context.Context, path string, o Options) (*Report, error) {
-	return nil, layers.ErrUnsupported
+	return change(ctx, path, o, compacting)
 }
 
 // Resume continues an interrupted run with the options of its record; of o
-// only Open, MaxExtra, RateLimit and Progress count.
+// only Open, Layer, MaxExtra, RateLimit and Progress count.
 func Resume(ctx context.Context, path string, o Options) (*Report, error) {
-	return nil, layers.ErrUnsupported
+	return change(ctx, path, o, resuming)
 }
 
 // Abandon gives an interrupted run up: it frees what the run left and removes
 // the record.
 func Abandon(ctx context.Context, path string, o Options) (*Report, error) {
-	return nil, layers.ErrUnsupported
+	return change(ctx, path, o, abandoning)
+}
+
+// change opens an image for writing, changes it and closes it.
+func change(ctx context.Context, path string, o Options, m mode) (*Report, error) {
+	t, err := openTarget(ctx, path, &o, m)
+	if err != nil {
+		return nil, err
+	}
+	j, err := newJob(ctx, t, o)
+	switch {
+	case err != nil:
+		return nil, errors.Join(err, t.stack.Close())
+	case m == abandoning:
+		return j.r, j.abandon()
+	}
+	return j.r, j.compact(m == resuming)
 }

@@ -48,9 +48,12 @@ type editor struct {
 	broken  atomic.Pointer[error] // why no change is accepted any more
 
 	unsynced bool // counts were lowered behind the last sync; of the commit
-	noPunch  atomic.Bool
-	zeros    []byte // one cluster
-	bufs     sync.Pool
+
+	relocating bool        // BeginRelocation has been called
+	census     *hostCensus // what it found
+	noPunch    atomic.Bool
+	zeros      []byte // one cluster
+	bufs       sync.Pool
 }
 
 // pageKey is a table page: of the L1 table by its number, of an L2 table by

@@ -137,7 +137,25 @@ func (img *Image) open(ctx context.Context) error {
 		}
 	}
 	if img.o.Writable {
+		if err := img.checkCounts(); err != nil {
+			return err
+		}
 		return img.openEditor(ctx)
+	}
+	return nil
+}
+
+// checkCounts refuses an image to which nothing could ever be written, before
+// anybody relies on that: one without a refcount table, or with one that the
+// file does not hold. For reading it does not matter.
+func (img *Image) checkCounts() error {
+	off, n := int64(img.hdr.RefcountTableOffset), int64(img.hdr.RefcountTableClusters)<<img.clusterBits
+	if off == 0 || n == 0 {
+		return img.corrupt(offRefcountTableOffset, "refcount_table_offset", off, "there is no refcount table")
+	}
+	// The last cluster may be cut short, see readRegion.
+	if off+n-img.imageEnd.Load() >= img.clusterSize && off+n-img.refreshEnd(img.f) >= img.clusterSize {
+		return img.corrupt(offRefcountTableOffset, "refcount_table_offset", off, "the refcount table reaches behind the end of the file")
 	}
 	return nil
 }

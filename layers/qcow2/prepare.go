@@ -48,6 +48,9 @@ func (ed *editor) begin(ctx context.Context) error {
 			return err
 		}
 	}
+	if ed.relocating {
+		return nil // what follows changes nothing that a bitmap would record
+	}
 	return ed.clearAutoclear(autoclearBitmaps)
 }
 

@@ -15,12 +15,17 @@ import (
 // Preallocated clusters of zero entries are RoleData. VM state lies behind the
 // end of the disk and has guest offsets accordingly. An editor is synced first.
 func (img *Image) WalkHost(ctx context.Context, visit func(layers.HostRange) error) error {
-	w := walker{img: img, ctx: ctx, visit: visit}
 	if img.ed != nil {
 		if err := img.Sync(ctx); err != nil {
 			return err
 		}
 	}
+	return img.walkHost(ctx, visit)
+}
+
+// walkHost is WalkHost for who has synced.
+func (img *Image) walkHost(ctx context.Context, visit func(layers.HostRange) error) error {
+	w := walker{img: img, ctx: ctx, visit: visit}
 	h, err := img.header()
 	if err != nil {
 		return err

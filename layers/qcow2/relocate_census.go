@@ -1,0 +1,308 @@
+package qcow2
+
+import (
+	"context"
+	"fmt"
+	"math"
+
+	"github.com/RoaringBitmap/roaring/v2"
+	"github.com/imagestack/imagestack/layers"
+)
+
+// hostCensus is what a comparison of the reference counts with the references
+// has found. Counts that are too low, and places that are used twice, are
+// errors instead: then nothing may be moved.
+type hostCensus struct {
+	leaked  int64 // clusters that are counted and not referenced
+	inexact bool  // counts of referenced clusters are too high, or COPIED is missing
+	// keep is why what is not referenced may be in use nevertheless, "" when
+	// everything in the image is known.
+	keep string
+}
+
+// censusBytes is the memory in which references are counted, 4 bytes for each
+// cluster of a pass.
+const censusBytes = 32 << 20
+
+// A word of the census: what a cluster is used for, above the number of
+// references.
+const (
+	censusShift = 28
+	censusCount = 1<<censusShift - 1
+)
+
+// censusClass is the use of a cluster; those of one class may share it. L1 and
+// L2 tables are told apart by the walk that moves them.
+func censusClass(r layers.Role) uint32 {
+	if r == layers.RoleSnapshotMap {
+		r = layers.RoleMap
+	}
+	return uint32(r) << censusShift
+}
+
+// mayShare tells which clusters may have several references.
+func mayShare(r layers.Role) bool {
+	return r == layers.RoleMap || r == layers.RoleData || r == layers.RolePacked
+}
+
+// takeCensus compares the counts with the references.
+func (ed *editor) takeCensus(ctx context.Context, step func(done, total int64)) (*hostCensus, error) {
+	img := ed.img
+	c := &hostCensus{keep: img.unknownOwner()}
+	err := ed.eachCensus(ctx, step, func(first int64, words []uint32) error {
+		for i, w := range words {
+			have, err := ed.ref.count(first + int64(i))
+			if err != nil {
+				return err
+			}
+			want := uint64(w & censusCount)
+			switch {
+			case want > 1 && !mayShare(layers.Role(w>>censusShift)):
+				return img.corrupt((first+int64(i))<<img.clusterBits, layers.Role(w>>censusShift).String(), nil, "the cluster is used twice")
+			case have < want:
+				return img.corrupt((first+int64(i))<<img.clusterBits, "reference count", have, fmt.Sprintf("a cluster has %d references", want))
+			case have > want && want > 0:
+				c.inexact = true
+			case have > want:
+				c.leaked++
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	if err := ed.checkCopied(ctx, c); err != nil {
+		return nil, err
+	}
+	if c.inexact && c.keep != "" {
+		return nil, img.corrupt(-1, "reference count", nil, "clusters have fewer references than are counted, and "+c.keep)
+	}
+	return c, nil
+}
+
+// eachCensus counts the references, as many clusters at a time as fit into
+// memory, and calls do for every part of the file in which something is
+// referenced or can be counted.
+func (ed *editor) eachCensus(ctx context.Context, step func(done, total int64), do func(first int64, words []uint32) error) error {
+	img := ed.img
+	parts, err := ed.censusParts(ctx)
+	if err != nil {
+		return err
+	}
+	words := make([]uint32, min(ed.countable(), censusBytes/4))
+	n := int64(len(words))
+	for done, it := int64(0), parts.Iterator(); it.HasNext(); done++ {
+		if step != nil {
+			step(done, int64(parts.GetCardinality()))
+		}
+		first := int64(it.Next()) * n
+		clear(words)
+		err := img.walkHost(ctx, func(h layers.HostRange) error {
+			return img.countRange(h, first, words)
+		})
+		if err != nil {
+			return err
+		}
+		if err := do(first, words); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// countable is the number of clusters that the file has or that its refcount
+// table can count.
+func (ed *editor) countable() int64 {
+	r := ed.ref
+	for k := len(r.table); k > 0; k-- {
+		if r.table[k-1] != 0 {
+			return max(r.hwm, int64(k)<<r.blockBits)
+		}
+	}
+	return r.hwm
+}
+
+// maxCensusParts is the number of parts that may be looked at. 16 TiB in
+// clusters of 64 KiB have 32; a file with holes of exabytes may have any
+// number.
+const maxCensusParts = 1024
+
+// censusParts are the parts, of as many clusters as are counted at a time, in
+// which there is anything to count.
+func (ed *editor) censusParts(ctx context.Context) (*roaring.Bitmap, error) {
+	img, r := ed.img, ed.ref
+	parts := roaring.New()
+	all := ed.countable()
+	n := min(all, censusBytes/4)
+	if all <= n {
+		parts.Add(0)
+		return parts, nil
+	}
+	add := func(from, to int64) error {
+		for p := from / n; p <= (to-1)/n; p++ {
+			if p > math.MaxUint32 || parts.CheckedAdd(uint32(p)) && parts.GetCardinality() > maxCensusParts {
+				return img.errorf(-1, "", nil, fmt.Errorf("%w: the file is too sparse", layers.ErrUnsupported))
+			}
+		}
+		return nil
+	}
+	for k, off := range r.table {
+		if off != 0 {
+			if err := add(int64(k)<<r.blockBits, int64(k+1)<<r.blockBits); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return parts, img.walkHost(ctx, func(h layers.HostRange) error {
+		return add(h.Off>>img.clusterBits, (h.Off+h.Len)>>img.clusterBits)
+	})
+}
+
+// countRange counts one reference in the words of the clusters from first on.
+func (img *Image) countRange(h layers.HostRange, first int64, words []uint32) error {
+	class := censusClass(h.Role)
+	from, to := h.Off>>img.clusterBits, (h.Off+h.Len)>>img.clusterBits
+	if to > img.ed.ref.hwm {
+		return img.corrupt(h.Off, h.Role.String(), nil, "it lies behind the end of the file")
+	}
+	for c := max(from, first); c < min(to, first+int64(len(words))); c++ {
+		w := &words[c-first]
+		switch {
+		case *w == 0:
+			*w = class
+		case *w&^censusCount != class:
+			return img.corrupt(c<<img.clusterBits, h.Role.String(), nil,
+				"the cluster is also used as "+layers.Role(*w>>censusShift).String())
+		case *w&censusCount == censusCount:
+			return img.corrupt(c<<img.clusterBits, h.Role.String(), nil, "the cluster has too many references")
+		}
+		*w++
+	}
+	return nil
+}
+
+// checkCopied checks that what the active map calls its own is.
+func (ed *editor) checkCopied(ctx context.Context, c *hostCensus) error {
+	img := ed.img
+	judge := func(at int64, field string, off int64, copied bool) error {
+		single, err := ed.single(off)
+		switch {
+		case err != nil:
+			return err
+		case copied && !single:
+			return img.corrupt(at, field, off, "the COPIED flag is set although the cluster is shared")
+		case single && !copied:
+			c.inexact = true
+		}
+		return nil
+	}
+	return img.eachL1(ctx, func(i, at int64, entry uint64) error {
+		if entry&^entryCopied == 0 {
+			return nil
+		}
+		table, err := img.checkL1(at, entry)
+		if err != nil {
+			return err
+		}
+		if err := judge(at, "L1 entry", table, entry&entryCopied != 0); err != nil || img.external {
+			return err
+		}
+		return img.eachL2(ctx, table, i*img.l2Span, func(guest int64, e *l2Entry) error {
+			if e.isPacked || !e.hasHost {
+				return nil
+			}
+			return judge(table, "L2 entry", int64(e.host), e.copied)
+		})
+	})
+}
+
+// unknownOwner says what may own clusters without our knowing, "" for nothing.
+func (img *Image) unknownOwner() string {
+	h := &img.hdr
+	for _, e := range h.Extensions {
+		switch e.Type {
+		case extBackingFormat, extFeatureNames, extDataFile:
+		case extBitmaps:
+			if !h.bitmapsValid() {
+				return "its bitmaps are stale (image-fsck -p drops them)"
+			}
+		default:
+			return fmt.Sprintf("what the unknown header extension %#x owns is not known", e.Type)
+		}
+	}
+	return ""
+}
+
+// FreeLeaks implements layers.Relocator. Counts that are too high for the
+// references there are, which an interrupted move of a shared cluster leaves,
+// are made exact and durable before the COPIED flags follow.
+func (img *Image) FreeLeaks(ctx context.Context) (int64, error) {
+	ed, err := img.relocator(ctx)
+	if err != nil {
+		return 0, err
+	}
+	c := ed.census
+	if c.keep != "" || c.leaked == 0 && !c.inexact {
+		return 0, nil
+	}
+	if err := ed.quiesce(ctx); err != nil {
+		return 0, err
+	}
+	var freed int64
+	err = ed.eachCensus(ctx, nil, func(first int64, words []uint32) error {
+		for i, w := range words {
+			n, err := ed.lower(first+int64(i), uint64(w&censusCount))
+			if err != nil {
+				return err
+			}
+			freed += n
+		}
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	if err := ed.syncCounts(); err != nil {
+		return 0, err
+	}
+	if c.inexact {
+		if err := ed.fixCopied(ctx); err != nil {
+			return 0, err
+		}
+		if err := ed.quiesce(ctx); err != nil {
+			return 0, err
+		}
+	}
+	c.leaked, c.inexact = 0, false
+	return freed, nil
+}
+
+// lower makes the count of a cluster what its references are. It returns the
+// bytes that are free now and were not before.
+func (ed *editor) lower(cluster int64, want uint64) (int64, error) {
+	r := ed.ref
+	if r.dirtyBytes() > ed.img.cache.PinnedLimit() {
+		if err := r.writePages(); err != nil {
+			return 0, err
+		}
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	have, err := r.get(cluster)
+	if err != nil || have <= want {
+		return 0, err
+	}
+	if err := r.set(cluster, 1, want); err != nil || want > 0 {
+		return 0, err
+	}
+	r.markFree(cluster)
+	return ed.img.clusterSize, nil
+}
+
+// count is get for who does not hold mu.
+func (r *refcounts) count(cluster int64) (uint64, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.get(cluster)
+}

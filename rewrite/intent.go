@@ -1,0 +1,122 @@
+package rewrite
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+)
+
+// recordSuffix is appended to the name of the image file.
+const recordSuffix = ".compact"
+
+// maxRecord bounds a record, bytes.
+const maxRecord = 64 << 10
+
+// record says that a run has begun. Its content is not needed to read the
+// image.
+type record struct {
+	Version int    `json:"version"`
+	Image   string `json:"image"` // base name of the image file
+	Layer   int    `json:"layer"`
+	Guest   bool   `json:"guest,omitempty"`
+	Gaps    bool   `json:"gaps,omitempty"`
+	Swap    bool   `json:"swap,omitempty"`
+	Keep    bool   `json:"keep-zeros,omitempty"`
+	Dedup   bool   `json:"dedup-parent,omitempty"`
+}
+
+func newRecord(image string, o *Options) record {
+	return record{Version: 1, Image: filepath.Base(image), Layer: o.Layer,
+		Guest: o.Guest, Gaps: o.Gaps, Swap: o.Swap, Keep: o.KeepZeros, Dedup: o.DedupParent}
+}
+
+// restore gives o the options of the record.
+func (r *record) restore(o *Options) {
+	o.Guest, o.Gaps, o.Swap, o.KeepZeros, o.DedupParent = r.Guest, r.Gaps, r.Swap, r.Keep, r.Dedup
+}
+
+// recordStore is where the record is kept.
+type recordStore interface {
+	// load returns fs.ErrNotExist when there is none.
+	load() (record, error)
+	// save makes a record durable that is whole or not there.
+	save(record) error
+	// remove durably removes it.
+	remove() error
+}
+
+// fileRecord is the record beside an image.
+type fileRecord string
+
+func (p fileRecord) load() (record, error) {
+	var r record
+	f, err := os.Open(string(p))
+	if err != nil {
+		return r, err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return r, err
+	}
+	if !st.Mode().IsRegular() || st.Size() > maxRecord {
+		return r, fmt.Errorf("%s: not a record of image-compact", p)
+	}
+	b := make([]byte, st.Size())
+	if _, err := f.ReadAt(b, 0); err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(b, &r); err != nil {
+		return r, fmt.Errorf("%s: not a record of image-compact: %w", p, err)
+	}
+	if r.Version != 1 {
+		return r, fmt.Errorf("%s: a record of version %d, written by a newer program", p, r.Version)
+	}
+	return r, nil
+}
+
+func (p fileRecord) save(r record) (err error) {
+	b, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	dir := filepath.Dir(string(p))
+	f, err := os.CreateTemp(dir, filepath.Base(string(p))+".*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name()) // it may have its final name already
+		}
+	}()
+	_, err = f.Write(append(b, '\n'))
+	if err == nil {
+		err = f.Sync()
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	if err = os.Rename(f.Name(), string(p)); err != nil {
+		return err
+	}
+	return syncDir(dir)
+}
+
+func (p fileRecord) remove() error {
+	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return syncDir(filepath.Dir(string(p)))
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}

@@ -1,0 +1,289 @@
+package rewrite
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/guestfs"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
+)
+
+// target is the layer to work on, as the top of a stack.
+type target struct {
+	stack  *layers.Stack
+	path   string // of the image file
+	format string
+	record recordStore
+	layer  layers.HostSpace
+	reloc  layers.Relocator // nil when open for reading
+	// above is what is free for the guest in the views above the layer, nil
+	// when there are none.
+	above *[]blockmap.Range
+	files []string             // whose sizes count
+	sizes func() (Size, error) // of files without a name
+	// pending tells that an interrupted run has left its record.
+	pending bool
+}
+
+// mode is what a target is opened for.
+type mode uint8
+
+const (
+	estimating mode = iota
+	compacting
+	resuming
+	abandoning
+)
+
+// openTarget opens what path and o.Layer name. To resume, it takes the other
+// options from the record.
+func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target, err error) {
+	trace, err := open.Follow(ctx, path, o.Open)
+	if err != nil {
+		return nil, err
+	}
+	if o.Layer < 0 || o.Layer >= len(trace.Images) {
+		if trace.Err != nil {
+			return nil, trace.Err
+		}
+		return nil, fmt.Errorf("%s: layer %d: the stack has %d layers: %w", path, o.Layer, len(trace.Images), layers.ErrUnsupported)
+	}
+	if err := checkBase(ctx, trace, o.Layer); err != nil {
+		return nil, err
+	}
+	at := trace.Images[o.Layer]
+	t := &target{path: at.Path, format: at.Format, record: fileRecord(at.Path + recordSuffix)}
+	if err := t.readRecord(o, m); err != nil {
+		return nil, err
+	}
+	oo := o.Open
+	if o.Layer > 0 {
+		marks, err := marksOf(trace.Images[:o.Layer])
+		if err != nil {
+			return nil, err
+		}
+		if o.Guest {
+			if err := t.freeAbove(ctx, path, o, trace.Images[:o.Layer]); err != nil {
+				return nil, err
+			}
+		}
+		// The views had to be closed: they hold the layer for reading. Whoever
+		// opens one of them from now on needs it, too.
+		defer func() {
+			if err == nil {
+				err = marks.check()
+			}
+			if err != nil && t.stack != nil {
+				_ = t.stack.Close() // nothing was changed yet
+			}
+		}()
+		oo, path = lowerOptions(o.Open, path, at.Format), at.Path
+	}
+	oo.Writable, oo.Scratch = m != estimating, false
+	if t.stack, err = open.Open(ctx, path, oo); err != nil {
+		return nil, err
+	}
+	if err := t.attach(m != estimating); err != nil {
+		return nil, errors.Join(err, t.stack.Close())
+	}
+	return t, nil
+}
+
+// size is how large the files of the layer are together.
+func (t *target) size() (Size, error) {
+	if t.sizes != nil {
+		return t.sizes()
+	}
+	var sum Size
+	for _, path := range t.files {
+		var st unix.Stat_t
+		if err := unix.Stat(path, &st); err != nil {
+			return sum, &fs.PathError{Op: "stat", Path: path, Err: err}
+		}
+		sum.Apparent += st.Size
+		sum.Allocated += st.Blocks * 512
+	}
+	return sum, nil
+}
+
+// freeAbove finds what is free for the guest in every view above the layer.
+func (t *target) freeAbove(ctx context.Context, path string, o *Options, above []open.Traced) error {
+	for _, v := range above {
+		s, err := open.Open(ctx, v.Path, lowerOptions(o.Open, path, v.Format))
+		if err != nil {
+			return err
+		}
+		rep, err := guestfs.Free(ctx, stackReader{ctx, s}, s.Size(), freeOptions(o, 0))
+		if err = errors.Join(err, s.Close()); err != nil {
+			return err
+		}
+		free := rep.Free
+		// Behind the end of a shorter view nobody looks through it.
+		if t.above != nil {
+			free = intersect(*t.above, free)
+		}
+		t.above = &free
+	}
+	return nil
+}
+
+func freeOptions(o *Options, smallest int64) guestfs.Options {
+	return guestfs.Options{Gaps: o.Gaps, Swap: o.Swap, MinRange: smallest}
+}
+
+// marks tell whether files were changed.
+type marks map[string]os.FileInfo
+
+func marksOf(images []open.Traced) (marks, error) {
+	m := marks{}
+	for _, i := range images {
+		st, err := os.Stat(i.Path)
+		if err != nil {
+			return nil, err
+		}
+		m[i.Path] = st
+	}
+	return m, nil
+}
+
+func (m marks) check() error {
+	for path, was := range m {
+		st, err := os.Stat(path)
+		if err != nil {
+			return err
+		}
+		if !os.SameFile(was, st) || st.Size() != was.Size() || !st.ModTime().Equal(was.ModTime()) {
+			return fmt.Errorf("%s: %w: it was changed just now", path, layers.ErrInUse)
+		}
+	}
+	return nil
+}
+
+// attach finds out what the top layer can do.
+func (t *target) attach(writable bool) error {
+	top := t.stack.Layers()[0]
+	l, ok := top.(layers.HostSpace)
+	if !ok {
+		return fmt.Errorf("%s: %w: the format %s cannot be compacted", t.path, layers.ErrUnsupported, t.format)
+	}
+	t.layer = l
+	t.files = []string{t.path}
+	if data := top.Data().Name(); data != t.path {
+		t.files = append(t.files, data) // external
+	}
+	if !writable {
+		return nil
+	}
+	if t.reloc, ok = top.(layers.Relocator); !ok {
+		return fmt.Errorf("%s: %w: the format %s cannot be compacted", t.path, layers.ErrUnsupported, t.format)
+	}
+	return nil
+}
+
+// lowerOptions are those to open a layer of the stack at path by itself.
+func lowerOptions(o open.Options, path, format string) open.Options {
+	o.Format = format
+	o.AllowPaths = append(slices.Clone(o.AllowPaths), filepath.Dir(path))
+	o.Writable, o.Scratch = false, false
+	return o
+}
+
+// checkBase refuses a layer on which images stand other than the one above it.
+func checkBase(ctx context.Context, trace *open.Trace, layer int) error {
+	children, err := open.Children(ctx, trace.Images[layer].Path)
+	if err != nil {
+		return err
+	}
+	children = slices.DeleteFunc(children, func(c string) bool {
+		return layer > 0 && sameFile(c, trace.Images[layer-1].Path)
+	})
+	if len(children) == 0 {
+		return nil
+	}
+	const most = 3
+	list := strings.Join(children[:min(len(children), most)], ", ")
+	if len(children) > most {
+		list += ", …"
+	}
+	return fmt.Errorf("%s: %w: %s", trace.Images[layer].Path, ErrBase, list)
+}
+
+func sameFile(a, b string) bool {
+	ra, erra := filepath.EvalSymlinks(a)
+	rb, errb := filepath.EvalSymlinks(b)
+	return erra == nil && errb == nil && ra == rb
+}
+
+// readRecord looks whether an interrupted run has left its record.
+func (t *target) readRecord(o *Options, m mode) error {
+	r, err := t.record.load()
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if m == resuming || m == abandoning {
+			return fmt.Errorf("%s: %w", t.path, ErrNotPending)
+		}
+		return nil
+	case m == compacting:
+		return fmt.Errorf("%s: %w: image-compact --resume continues it, --abandon gives it up", t.path, ErrPending)
+	case m == resuming && err != nil:
+		return err
+	case m == resuming:
+		r.restore(o)
+	}
+	t.pending = true
+	return nil
+}
+
+// guestFree is what is free for the guest in every view of the layer.
+func (t *target) guestFree(ctx context.Context, o *Options) ([]blockmap.Range, []guestfs.Area, error) {
+	rep, err := guestfs.Free(ctx, stackReader{ctx, t.stack}, t.stack.Size(), freeOptions(o, t.layer.Granule()))
+	if err != nil {
+		return nil, nil, err
+	}
+	if t.above != nil {
+		return intersect(*t.above, rep.Free), rep.Areas, nil
+	}
+	return rep.Free, rep.Areas, nil
+}
+
+// intersect is what is in both of two ascending lists of disjoint ranges.
+func intersect(a, b []blockmap.Range) []blockmap.Range {
+	var out []blockmap.Range
+	for len(a) > 0 && len(b) > 0 {
+		from, to := max(a[0].Off, b[0].Off), min(a[0].End(), b[0].End())
+		if from < to {
+			out = append(out, blockmap.Range{Off: from, Len: to - from})
+		}
+		if a[0].End() < b[0].End() {
+			a = a[1:]
+		} else {
+			b = b[1:]
+		}
+	}
+	return out
+}
+
+// stackReader reads a stack as an io.ReaderAt.
+type stackReader struct {
+	ctx context.Context
+	s   *layers.Stack
+}
+
+func (r stackReader) ReadAt(p []byte, off int64) (int, error) {
+	n, err := r.s.ReadAt(r.ctx, p, off)
+	if err == nil && n < len(p) {
+		err = io.EOF
+	}
+	return n, err
+}
