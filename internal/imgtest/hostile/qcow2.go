@@ -110,9 +110,16 @@ func qcow2Headers() []Case {
 	bad32("crypt_method", 32, 1, "", 1, 2, 99)
 	bad32("l1_size", 36, 1, "l1_size", 0, 0xffffffff, 0x80000000, 32<<20/8+1)
 	bad64("l1_table_offset", 40, 1, "l1_table_offset", l1Off+1, 1<<63, 1<<64-cluster)
-	bad64("refcount_table_offset", 48, 0, "", 0, 1<<40) // reading needs no reference counts
+	// Reading needs no reference counts.
+	onlyWrite := len(all)
+	bad64("refcount_table_offset", 48, 0, "refcount_table_offset", 0, 1<<40)
 	bad64("refcount_table_offset", 48, 1, "refcount_table_offset", 1<<63, rtOff+8)
-	bad32("refcount_table_clusters", 56, 0, "", 0)
+	bad32("refcount_table_clusters", 56, 0, "refcount_table_offset", 0)
+	for i := range all[onlyWrite:] {
+		if c := &all[onlyWrite+i]; c.Exit == 0 {
+			c.By = exits(0, 0, 0, 4)
+		}
+	}
 	bad32("refcount_table_clusters", 56, 1, "refcount_table_clusters", 0xffffffff, 129)
 	bad32("refcount_order", 96, 1, "refcount_order", 7, 63, 0xffffffff)
 	bad32("header_length", 100, 1, "header_length", 0, 72, 103, 108, cluster+8, 0xffffffff)
@@ -303,8 +310,7 @@ func qcow2Bombs() []Case {
 		}
 		return errors.Join(err, f.Close())
 	}
-	all = append(all, Case{Name: "qcow2 four million tables in one", Class: Bomb, Image: name, Build: huge, By: exits(4, 4, 0, 0),
-		NoFsck: true}) // image-fsck walks all the tables: a defect that is known and its own
+	all = append(all, Case{Name: "qcow2 four million tables in one", Class: Bomb, Image: name, Build: huge, By: exits(4, 4, 0, 0)})
 	sparse := func(d Dirs) error {
 		q := newQcow2().set64(24, 1<<51).set32(36, 4<<20).set64(40, 16*cluster)
 		p := filepath.Join(d.In, name)
@@ -314,7 +320,73 @@ func qcow2Bombs() []Case {
 		return os.Truncate(p, 1<<40)
 	}
 	all = append(all, Case{Name: "qcow2 of 2 PiB, the file a hole of 1 TiB", Class: Bomb, Image: name, Build: sparse})
-	return all
+	return append(all, longTables()...)
+}
+
+// bigTable builds q with a table at off, whose entry i is entry(i), and a hole
+// up to size behind it.
+func bigTable(q qcow2, off int64, entries int, size int64, entry func(i int) uint64) func(Dirs) error {
+	return func(d Dirs) error {
+		f, err := os.OpenFile(filepath.Join(d.In, name), os.O_WRONLY|os.O_CREATE, 0o644)
+		if err != nil {
+			return err
+		}
+		_, err = f.Write(q)
+		const part = 1 << 17
+		for i := 0; i < entries && err == nil; i += part {
+			var b []byte
+			for k := i; k < min(i+part, entries); k++ {
+				b = be.AppendUint64(b, entry(k))
+			}
+			_, err = f.WriteAt(b, off+int64(i)*8)
+		}
+		return errors.Join(err, f.Truncate(size), f.Close())
+	}
+}
+
+// longTables are bombs whose tables are as long as the format allows.
+func longTables() []Case {
+	const entries = 4 << 20 // of L1
+	const behind = 16*cluster + entries*8
+	l1 := func() qcow2 { return newQcow2().set64(24, 1<<51).set32(36, entries).set64(40, 16*cluster) }
+	table := func(title string, by map[Tool]int, size int64, entry func(i int) uint64) Case {
+		return Case{Name: "qcow2 " + title, Class: Bomb, Image: name, By: by, Build: bigTable(l1(), 16*cluster, entries, size, entry)}
+	}
+	const counts = 1 << 20 // refcount table entries
+	rt := newQcow2().set64(48, 16*cluster).set32(56, 8<<20/cluster)
+	// 65,536 snapshots, whose L1 tables go down through a hole.
+	snaps := newQcow2().set32(60, 65536).set64(64, 16*cluster)
+	const snapHole = 16*cluster + 65536*64
+	snapTable := func(i int) uint64 {
+		return [8]uint64{
+			snapHole + uint64(65535-i/8)*32<<20, 4<<20<<32 | 1<<16 | 1, 0, 0,
+			16, 0, 0, 0x3131 << 48, // a disk of 0 bytes, ID and name
+		}[i%8]
+	}
+	// Every descriptor of an L2 table of 2 MiB reaches behind the end.
+	const large = 2 << 20
+	packed := make(qcow2, 6*large)
+	copy(packed, newQcow2()[:cluster])
+	packed.set32(20, 21).set64(24, large/8*large).set64(40, 3*large).set64(48, large)
+	packed.set64(large, 2*large).set64(3*large, copied|4*large)
+	for i := range 5 {
+		be.PutUint16(packed[2*large+2*i:], 1)
+	}
+	for i := range large / 8 {
+		packed.set64(4*large+8*i, 1<<62|uint64(0x1fff)<<49|uint64(5*large+i))
+	}
+	return []Case{
+		table("four million tables in a hole", nil, behind+entries*cluster, func(i int) uint64 { return copied | uint64(behind+i*cluster) }),
+		table("four million tables with reserved bits", exits(4, 4, 4, 4), behind+entries*cluster, func(i int) uint64 { return uint64(behind+i*cluster) | 1 }),
+		table("four million tables that are data", exits(0, 4, 0, 0), behind, func(i int) uint64 { return uint64(i%4096+1) * 0x1fff01 }),
+		{Name: "qcow2 a million refcount blocks in a hole", Class: Bomb, Image: name,
+			Build: bigTable(rt, 16*cluster, counts, 16*cluster+8<<20+counts*cluster, func(i int) uint64 { return uint64(16*cluster + 8<<20 + i*cluster) })},
+		{Name: "qcow2 a million refcount blocks in one", Class: Bomb, Image: name,
+			Build: bigTable(rt, 16*cluster, counts, 16*cluster+8<<20, func(int) uint64 { return rbOff })},
+		{Name: "qcow2 65,536 snapshots in a hole", Class: Bomb, Image: name,
+			Build: bigTable(snaps, 16*cluster, 65536*8, snapHole+65536*32<<20, snapTable)},
+		{Name: "qcow2 compressed clusters that reach behind the end", Class: Bomb, Image: name, Build: file(name, packed), By: exits(4, 4, 4, 4)},
+	}
 }
 
 // badNames are names of files that an image has no business with.
