@@ -151,7 +151,7 @@ func (i *Image) Close() error {
 
 func (i *Image) finish() error {
 	e := i.edit
-	if err := e.broken(); err != nil {
+	if err := e.broken(); err != nil || e.refused {
 		return err
 	}
 	if e.takeOver {

@@ -33,6 +33,7 @@ type editor struct {
 	takeOver bool
 	// Of a relocation: see there.
 	resumed bool                  // the mark of an image in use is ours
+	refused bool                  // the mark is somebody else's, and stays
 	leaked  int64                 // slots that were free when it began
 	keep    *keptExtension        // the format extension that outlives the changes
 	failed  atomic.Pointer[error] // a sync failed: nothing more is changed

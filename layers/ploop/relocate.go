@@ -73,6 +73,7 @@ func (i *Image) BeginRelocation(ctx context.Context, step func(done, total int64
 		return err
 	}
 	if i.h.inUse != inUseClosed && i.h.inUse != inUseV21 && !e.resumed {
+		e.refused = true
 		return i.bat.bad(offInUse, "m_DiskInUse", i.h.inUse, "the image was not closed by who used it last")
 	}
 	if step != nil {
