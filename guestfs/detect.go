@@ -8,6 +8,7 @@ import (
 	"github.com/imagestack/imagestack/guestfs/ext4"
 	"github.com/imagestack/imagestack/guestfs/fat"
 	"github.com/imagestack/imagestack/guestfs/freespace"
+	"github.com/imagestack/imagestack/guestfs/ntfs"
 	"github.com/imagestack/imagestack/guestfs/swap"
 	"github.com/imagestack/imagestack/guestfs/xfs"
 )
@@ -32,7 +33,7 @@ var formats = []format{
 	{"swap", swap.Detect, swap.Free},
 	{"hibernation", swap.DetectSuspended, nil},
 	{"lvm2", detectLVM, nil},
-	{"ntfs", magic(3, "NTFS    "), nil},
+	{"ntfs", ntfs.Detect, ntfs.Free},
 	{"exfat", magic(3, "EXFAT   "), nil},
 	{"fat", fat.Detect, fat.Free},
 	{"bitlocker", magic(3, "-FVE-FS-"), nil},

@@ -1,0 +1,318 @@
+package ntfs
+
+import (
+	"bytes"
+	"encoding/binary"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+
+	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/guestfs/freespace"
+	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/imgtest/guesttest"
+)
+
+func mkfs(t testing.TB, size int64, args string) string {
+	t.Helper()
+	path := guesttest.Image(t, size)
+	imgtest.Run(t, "mkntfs", append(append([]string{"-q", "-F", "-f"}, strings.Fields(args)...), path)...)
+	return path
+}
+
+// mount mounts with ntfs-3g, which reads image files itself.
+func mount(t testing.TB, path string, options ...string) (dir string, umount func()) {
+	t.Helper()
+	imgtest.RequireFuse(t)
+	dir = t.TempDir()
+	imgtest.Run(t, "ntfs-3g", "-o", strings.Join(append([]string{"streams_interface=windows"}, options...), ","), path, dir)
+	mounted := true
+	umount = func() {
+		if mounted {
+			mounted = false
+			imgtest.Umount(t, dir)
+			// The server goes on for a moment, and has what is not yet written.
+			imgtest.Run(t, "flock", "-w", "10", path, "true")
+		}
+	}
+	t.Cleanup(umount)
+	return dir, umount
+}
+
+// oracle is what ntfsclone leaves out: it reads $Bitmap and compares it with
+// all files.
+func oracle(t testing.TB, path string) *blockmap.Set {
+	t.Helper()
+	to := filepath.Join(t.TempDir(), "clone")
+	imgtest.Run(t, "ntfsclone", "-q", "-s", "-o", to, path)
+	b, err := os.ReadFile(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	le := binary.LittleEndian
+	cluster, clusters, at := int64(le.Uint32(b[18:])), int64(le.Uint64(b[30:])), int64(le.Uint32(b[46:]))
+	var s blockmap.Set
+	for n := int64(0); n < clusters; {
+		switch b[at] {
+		case 0:
+			gap := int64(le.Uint64(b[at+1:]))
+			s.Add(n*cluster, min(gap, clusters-n)*cluster)
+			n, at = n+gap, at+9
+		case 1:
+			n, at = n+1, at+1+cluster
+		default:
+			t.Fatalf("ntfsclone: command %d at %d", b[at], at)
+		}
+	}
+	return &s
+}
+
+var variants = []struct {
+	name string
+	size int64
+	args string
+}{
+	{"default", 64 << 20, ""},
+	{"512", 32 << 20, "-c 512"},
+	{"64k", 80 << 20, "-c 65536"},
+	{"128k", 120 << 20, "-c 131072"},
+	{"4k sectors", 64 << 20, "-s 4096"},
+	{"odd", 50<<20 + 12345*512, "-c 1024"},
+	{"named", 64 << 20, "-L Guest"},
+	{"compressed", 64 << 20, "-C"},
+}
+
+func TestAgainstNtfsclone(t *testing.T) {
+	guesttest.Require(t, "mkntfs", "ntfs-3g", "ntfsclone", "ntfsfix")
+	for i, v := range variants {
+		t.Run(v.name, func(t *testing.T) {
+			t.Parallel()
+			path := mkfs(t, v.size, v.args)
+			guesttest.Exact(t, path, "new", Free, oracle(t, path))
+			dir, umount := mount(t, path, "compression")
+			guesttest.Age(t, dir, uint64(i), 80, v.size/120)
+			before := guesttest.Tree(t, dir)
+			umount()
+			info := guesttest.Exact(t, path, "aged", Free, oracle(t, path))
+			if v.name == "named" && info.Label != "Guest" {
+				t.Errorf("label %q", info.Label)
+			}
+			got, _, err := guesttest.Judge(t, path, Free)
+			if err != nil {
+				t.Fatal(err)
+			}
+			guesttest.Trash(t, path, got)
+			imgtest.Run(t, "ntfsfix", "-n", path)
+			dir, umount = mount(t, path, "ro")
+			guesttest.SameTree(t, guesttest.Tree(t, dir), before)
+			umount()
+		})
+	}
+}
+
+// Copies of a filesystem while ntfs-3g writes to it, which leaves no mark: it
+// is judged when its table and its bitmap agree, and then nothing is lost.
+func TestMounted(t *testing.T) {
+	guesttest.Require(t, "mkntfs", "ntfs-3g")
+	path := mkfs(t, 64<<20, "")
+	dir, umount := mount(t, path)
+	judged := 0
+	for i := range 6 {
+		guesttest.Age(t, dir, uint64(i), 12, 400_000)
+		imgtest.Run(t, "sync", dir)
+		before := guesttest.Tree(t, dir)
+		live := guesttest.Copy(t, path)
+		got, _, err := guesttest.Judge(t, live, Free)
+		if err != nil {
+			t.Log(err)
+			continue
+		}
+		judged++
+		guesttest.Trash(t, live, got)
+		d, u := mount(t, live, "ro")
+		guesttest.SameTree(t, guesttest.Tree(t, d), before)
+		u()
+	}
+	umount()
+	if judged == 0 {
+		t.Error("no copy was judged")
+	}
+}
+
+// A file in so many pieces that it takes several records.
+func TestFragmented(t *testing.T) {
+	guesttest.Require(t, "mkntfs", "ntfs-3g", "ntfsclone")
+	path := mkfs(t, 32<<20, "-c 512")
+	dir, umount := mount(t, path)
+	a, err := os.Create(dir + "/a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range int64(3000) { // alternating places leave holes between them
+		if _, err := a.WriteAt([]byte("x"), i*20_000); err != nil {
+			t.Fatal(err)
+		}
+	}
+	a.Close()
+	for i := range 2000 { // the table grows
+		guesttest.Write(dir, "f"+strconv.Itoa(i), 1, 700)
+	}
+	umount()
+	guesttest.Exact(t, path, "fragmented", Free, oracle(t, path))
+}
+
+func aged(t testing.TB) []byte {
+	t.Helper()
+	path := mkfs(t, 24<<20, "")
+	dir, umount := mount(t, path)
+	guesttest.Age(t, dir, 3, 60, 100_000)
+	umount()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestDamagedByte(t *testing.T) {
+	guesttest.Require(t, "mkntfs", "ntfs-3g")
+	b := aged(t)
+	var v volume
+	v.r, v.ctx = bytes.NewReader(b), t.Context()
+	if err := v.readBoot(int64(len(b))); err != nil {
+		t.Fatal(err)
+	}
+	var try []int64
+	for at := range int64(80) {
+		try = append(try, at)
+	}
+	rng := rand.New(rand.NewPCG(5, 5))
+	for range 300 { // the system files
+		try = append(try, int64(v.mftStart)*v.cluster+rng.Int64N(12)*v.record+rng.Int64N(400))
+	}
+	guesttest.DamagedBytes(t, b, Free, try, 200)
+}
+
+func TestRefusals(t *testing.T) {
+	guesttest.Require(t, "mkntfs", "ntfs-3g")
+	base := aged(t)
+	le := binary.LittleEndian
+	// record finds a file record, and place a value in it.
+	var v volume
+	v.r, v.ctx = bytes.NewReader(base), t.Context()
+	if err := v.readBoot(int64(len(base))); err != nil {
+		t.Fatal(err)
+	}
+	record := func(b []byte, n int) []byte {
+		return b[int64(v.mftStart)*v.cluster+int64(n)*v.record:][:v.record]
+	}
+	attrAt := func(r []byte, kind uint32) []byte {
+		at := uint32(le.Uint16(r[20:]))
+		for le.Uint32(r[at:]) != kind {
+			at += le.Uint32(r[at+4:])
+		}
+		return r[at:]
+	}
+	info := func(b []byte) []byte {
+		a := attrAt(record(b, recordVolume), attrVolumeInfo)
+		return a[le.Uint16(a[20:]):]
+	}
+	logAt := func(b []byte) []byte {
+		if err := v.readMFT(); err != nil {
+			t.Fatal(err)
+		}
+		rec, err := v.system(recordLog)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := v.open(rec, attrData)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b[f.runs[0].lcn*v.cluster:]
+	}
+	// restart writes a restart page of 4,096 bytes.
+	restart := func(b []byte, lsn uint64, client, flags uint16) {
+		clear(b[:4096])
+		copy(b, "RSTR")
+		le.PutUint16(b[4:], 30)
+		le.PutUint16(b[6:], 9)
+		le.PutUint32(b[16:], 4096)
+		le.PutUint32(b[20:], 4096)
+		le.PutUint16(b[24:], 48)
+		le.PutUint64(b[48:], lsn)
+		le.PutUint16(b[48+12:], client)
+		le.PutUint16(b[48+14:], flags)
+	}
+	for _, c := range []struct {
+		name   string
+		breaks func(b []byte)
+		want   freespace.Code
+	}{
+		{"dirty", func(b []byte) { info(b)[10] |= 1 }, freespace.NotClean},
+		{"unknown flag", func(b []byte) { info(b)[11] |= 1 }, freespace.NotClean},
+		{"mounted on NT 4", func(b []byte) { info(b)[10] |= 8 }, ""},
+		{"version", func(b []byte) { info(b)[8] = 4 }, freespace.UnknownFeature},
+		{"log of anything", func(b []byte) { copy(logAt(b), "RCRD") }, freespace.NotClean},
+		{"log in use", func(b []byte) { restart(logAt(b), 5, 0, 0); restart(logAt(b)[4096:], 4, 0xffff, 2) }, freespace.NotClean},
+		{"log clean", func(b []byte) { restart(logAt(b), 5, 0xffff, 2); restart(logAt(b)[4096:], 4, 0, 0) }, ""},
+		{"log with one page", func(b []byte) { restart(logAt(b), 5, 0xffff, 2) }, freespace.NotClean},
+		{"torn record", func(b []byte) { record(b, recordBitmap)[510] ^= 1 }, freespace.Damaged},
+		{"not a record", func(b []byte) { copy(record(b, 64), "BAAD") }, freespace.Damaged},
+		{"deleted record", func(b []byte) { record(b, 64)[22] &^= 1 }, freespace.Damaged},
+		{"attribute list", func(b []byte) { attrAt(record(b, recordMFT), attrFileName)[0] = attrList }, freespace.Unsupported},
+	} {
+		b := bytes.Clone(base)
+		c.breaks(b)
+		_, _, err := guesttest.JudgeAt(bytes.NewReader(b), int64(len(b)), Free)
+		if c.want == "" {
+			if err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+			continue
+		}
+		guesttest.Refused(t, c.name, err, c.want)
+	}
+	_, _, err := guesttest.JudgeAt(bytes.NewReader(base), int64(len(base))-65536, Free)
+	guesttest.Refused(t, "truncated", err, freespace.Truncated)
+}
+
+// A hibernated Windows is one by the content of its file, wherever else the
+// volume says that it is clean.
+func TestHibernated(t *testing.T) {
+	guesttest.Require(t, "mkntfs", "ntfs-3g")
+	for _, c := range []struct {
+		name, path, content string
+		refused             bool
+	}{
+		{"hibernated", "hiberfil.sys", "HIBR", true},
+		{"resumed", "hiberfil.sys", "wake", false},
+		{"zeros", "HiberFil.sys", "\x00\x00\x00\x00", false},
+		{"anything else", "hiberfil.sys", "XYZW", true},
+		{"another file", "hiberfil2.sys", "HIBR", false},
+		{"another directory", "d/hiberfil.sys", "HIBR", false},
+	} {
+		for _, size := range []int{400, 100_000} { // in the record, and in clusters
+			path := mkfs(t, 16<<20, "")
+			dir, umount := mount(t, path)
+			if err := os.Mkdir(dir+"/d", 0o700); err != nil {
+				t.Fatal(err)
+			}
+			b := make([]byte, size)
+			copy(b, c.content)
+			if err := os.WriteFile(filepath.Join(dir, c.path), b, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			umount()
+			_, _, err := guesttest.Judge(t, path, Free)
+			if c.refused {
+				guesttest.Refused(t, c.name, err, freespace.InUse)
+			} else if err != nil {
+				t.Errorf("%s: %v", c.name, err)
+			}
+		}
+	}
+}

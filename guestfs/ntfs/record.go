@@ -1,0 +1,261 @@
+package ntfs
+
+import (
+	"encoding/binary"
+	"io"
+	"sort"
+
+	"github.com/imagestack/imagestack/guestfs/freespace"
+)
+
+// File records and attributes (Linux-NTFS: FILE record, attributes).
+const (
+	attrList       = 0x20
+	attrFileName   = 0x30
+	attrVolumeName = 0x60
+	attrVolumeInfo = 0x70
+	attrData       = 0x80
+	attrBitmap     = 0xb0
+	attrEnd        = 0xffffffff
+
+	flagInUse   = 1
+	fixupSector = 512
+)
+
+// fixup checks that a structure of several sectors was written as a whole and
+// puts back what its sectors end with: every sector ends with the same number,
+// which stands in an array with what it replaced.
+func fixup(b []byte, what string, at int64) error {
+	le := binary.LittleEndian
+	off, n := int(le.Uint16(b[4:])), int(le.Uint16(b[6:]))
+	if n != len(b)/fixupSector+1 || off < 8 || off%2 != 0 || off+2*n > fixupSector-2 {
+		return damaged("%s %d: update sequence of %d at %d", what, at, n, off)
+	}
+	for i := 1; i < n; i++ {
+		end := b[i*fixupSector-2:][:2]
+		if [2]byte(end) != [2]byte(b[off:]) {
+			return damaged("%s %d was written in part", what, at)
+		}
+		copy(end, b[off+2*i:][:2])
+	}
+	return nil
+}
+
+// record is a file record.
+type record struct {
+	number int64
+	inUse  bool
+	attrs  []attr
+}
+
+// attr is an attribute: its value, or where its clusters are.
+type attr struct {
+	kind     uint32
+	named    bool
+	value    []byte // resident
+	resident bool
+	runs     []run
+	lowest   int64 // the first of its clusters that runs are about
+	size     int64 // bytes, of the whole attribute
+	ready    int64 // of these, how many were ever written
+	flags    uint16
+}
+
+// run is a piece of a file: n clusters from cluster lcn, from cluster vcn of
+// the file. An lcn of -1 is a hole.
+type run struct {
+	vcn, n, lcn int64
+}
+
+// decodeRecord decodes a file record. One that is not in use has no attrs.
+func (v *volume) decodeRecord(b []byte, number int64) (*record, error) {
+	if string(b[:4]) != "FILE" {
+		return nil, damaged("file record %d: magic %q", number, b[:4])
+	}
+	if err := fixup(b, "file record", number); err != nil {
+		return nil, err
+	}
+	le := binary.LittleEndian
+	at, used, room := int64(le.Uint16(b[20:])), int64(le.Uint32(b[24:])), int64(le.Uint32(b[28:]))
+	rec := &record{number: number, inUse: le.Uint16(b[22:])&flagInUse != 0}
+	if !rec.inUse {
+		return rec, nil
+	}
+	if room != v.record || used > room || at < 42 || at%8 != 0 {
+		return nil, damaged("file record %d: attributes at %d, %d of %d bytes in use", number, at, used, room)
+	}
+	for {
+		if at+4 > used {
+			return nil, damaged("file record %d: its attributes do not end", number)
+		}
+		if le.Uint32(b[at:]) == attrEnd {
+			return rec, nil
+		}
+		if at+24 > used {
+			return nil, damaged("file record %d: attribute at %d", number, at)
+		}
+		n := int64(le.Uint32(b[at+4:]))
+		if n < 24 || n%8 != 0 || n > used-at {
+			return nil, damaged("file record %d: attribute of %d bytes at %d", number, n, at)
+		}
+		a, err := v.decodeAttr(b[at:at+n], number)
+		if err != nil {
+			return nil, err
+		}
+		rec.attrs = append(rec.attrs, a)
+		at += n
+	}
+}
+
+func (v *volume) decodeAttr(b []byte, number int64) (attr, error) {
+	le := binary.LittleEndian
+	a := attr{kind: le.Uint32(b), named: b[9] != 0, resident: b[8] == 0, flags: le.Uint16(b[12:])}
+	if b[8] > 1 {
+		return a, damaged("file record %d: attribute %#x of form %d", number, a.kind, b[8])
+	}
+	if a.resident {
+		n, off := int64(le.Uint32(b[16:])), int64(le.Uint16(b[20:]))
+		if off > int64(len(b)) || n > int64(len(b))-off {
+			return a, damaged("file record %d: value %d+%d of attribute %#x", number, off, n, a.kind)
+		}
+		a.value = b[off : off+n]
+		return a, nil
+	}
+	if len(b) < 64 {
+		return a, damaged("file record %d: attribute %#x of %d bytes", number, a.kind, len(b))
+	}
+	lowest, highest := int64(le.Uint64(b[16:])), int64(le.Uint64(b[24:]))
+	off := int(le.Uint16(b[32:]))
+	a.lowest, a.size, a.ready = lowest, int64(le.Uint64(b[48:])), int64(le.Uint64(b[56:]))
+	// An empty attribute ends in front of its first cluster.
+	const most = 1 << 52
+	if lowest < 0 || lowest > most || highest < lowest-1 || highest > most || off < 64 || off > len(b) ||
+		lowest == 0 && (a.size < 0 || a.ready < 0 || a.ready > a.size) {
+		return a, damaged("file record %d: attribute %#x with clusters %d to %d", number, a.kind, lowest, highest)
+	}
+	var err error
+	a.runs, err = v.decodeRuns(b[off:], lowest, highest+1, number)
+	return a, err
+}
+
+// decodeRuns decodes the mapping pairs of an attribute: a byte with the sizes
+// of two numbers, which are a length and a distance from the run before.
+func (v *volume) decodeRuns(b []byte, vcn, end, number int64) ([]run, error) {
+	var runs []run
+	lcn := int64(0)
+	for vcn < end {
+		if len(b) == 0 || b[0] == 0 {
+			break
+		}
+		nl, no := int(b[0]&15), int(b[0]>>4)
+		if nl == 0 || nl > 8 || no > 8 || 1+nl+no > len(b) {
+			return nil, damaged("file record %d: a run with header %#x", number, b[0])
+		}
+		n, d := signed(b[1:1+nl]), signed(b[1+nl:1+nl+no])
+		b = b[1+nl+no:]
+		if n <= 0 || n > end-vcn {
+			return nil, damaged("file record %d: a run of %d clusters, there are %d", number, n, end-vcn)
+		}
+		r := run{vcn, n, -1}
+		if no > 0 {
+			// Both are below 2^63 in size: the sum may wrap, and is then refused
+			// or a cluster of the filesystem.
+			lcn += d
+			if lcn < 0 || uint64(lcn) >= v.clusters || uint64(n) > v.clusters-uint64(lcn) {
+				return nil, damaged("file record %d: a run in clusters %d+%d of %d", number, lcn, n, v.clusters)
+			}
+			r.lcn = lcn
+		}
+		runs = append(runs, r)
+		vcn += n
+	}
+	if vcn != end {
+		return nil, damaged("file record %d: its runs end at cluster %d of %d", number, vcn, end)
+	}
+	return runs, nil
+}
+
+// signed is a little-endian number of up to eight bytes.
+func signed(b []byte) int64 {
+	var x uint64
+	for i, c := range b {
+		x |= uint64(c) << (8 * i)
+	}
+	if k := 64 - 8*len(b); k < 64 {
+		return int64(x<<k) >> k
+	}
+	return 0
+}
+
+// find is the only attribute of a kind without a name, nil when there is none.
+func (r *record) find(kind uint32) (*attr, error) {
+	var found *attr
+	for i := range r.attrs {
+		a := &r.attrs[i]
+		if a.kind == attrList {
+			return nil, freespace.Refuse(freespace.Unsupported, "ntfs: file record %d has an attribute list", r.number)
+		}
+		if a.kind != kind || a.named {
+			continue
+		}
+		if found != nil {
+			return nil, damaged("file record %d has two attributes %#x", r.number, kind)
+		}
+		found = a
+	}
+	return found, nil
+}
+
+// file is the content of an attribute with clusters of its own.
+type file struct {
+	v                 *volume
+	runs              []run
+	size, initialized int64 // bytes
+}
+
+// open opens an attribute of a system file: neither resident nor sparse nor
+// compressed.
+func (v *volume) open(r *record, kind uint32) (*file, error) {
+	a, err := r.find(kind)
+	if err != nil {
+		return nil, err
+	}
+	if a == nil || !r.inUse || a.resident || a.lowest != 0 || a.flags != 0 || len(a.runs) == 0 {
+		return nil, damaged("file record %d has no usable attribute %#x", r.number, kind)
+	}
+	last := a.runs[len(a.runs)-1]
+	if a.size > (last.vcn+last.n)*v.cluster {
+		return nil, damaged("file record %d: %d bytes in %d clusters", r.number, a.size, last.vcn+last.n)
+	}
+	for _, p := range a.runs {
+		if p.lcn < 0 {
+			return nil, damaged("file record %d has a hole", r.number)
+		}
+	}
+	return &file{v, a.runs, a.size, a.ready}, nil
+}
+
+// ReadAt implements io.ReaderAt.
+func (f *file) ReadAt(p []byte, off int64) (int, error) {
+	done := 0
+	for done < len(p) {
+		at := off + int64(done)
+		if at < 0 || at >= f.size {
+			return done, io.EOF
+		}
+		vcn := at / f.v.cluster
+		i := sort.Search(len(f.runs), func(i int) bool { return f.runs[i].vcn > vcn }) - 1
+		r := f.runs[i]
+		in := at - r.vcn*f.v.cluster
+		q := p[done:]
+		q = q[:min(int64(len(q)), r.n*f.v.cluster-in, f.size-at)]
+		n, err := f.v.r.ReadAt(q, r.lcn*f.v.cluster+in)
+		if done += n; n < len(q) {
+			if err == nil {
+				err = io.ErrUnexpectedEOF
+			}
+			return done, err
+		}
+	}
+	return done, nil
+}
