@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/imagestack/imagestack/guestfs"
+	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 )
 
@@ -155,4 +156,34 @@ func change(ctx context.Context, path string, o Options, m mode) (*Report, error
 		return j.r, j.abandon()
 	}
 	return j.r, j.compact(m == resuming)
+}
+
+// CompactStack does what Compact does to the top layer of a stack that is open
+// for writing, without a record: for images that are not files. The stack
+// stays open. What the run has done is durable when it returns nil.
+func CompactStack(ctx context.Context, s *layers.Stack, o Options) (*Report, error) {
+	t := &target{stack: s, record: noRecord{}}
+	t.sizes = func() (Size, error) {
+		f := s.Layers()[0].Data()
+		apparent, err := f.Size()
+		if err != nil {
+			return Size{}, err
+		}
+		allocated, err := f.Allocated()
+		return Size{apparent, allocated}, err
+	}
+	if err := t.attach(true); err != nil {
+		return nil, err
+	}
+	j, err := newJob(ctx, t, o)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := j.begin(); err != nil {
+		return j.r, err
+	}
+	if err := j.run(); err != nil {
+		return j.r, err
+	}
+	return j.r, j.finish()
 }

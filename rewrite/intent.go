@@ -120,3 +120,10 @@ func syncDir(dir string) error {
 	}
 	return errors.Join(d.Sync(), d.Close())
 }
+
+// noRecord keeps nothing.
+type noRecord struct{}
+
+func (noRecord) load() (record, error) { return record{}, fs.ErrNotExist }
+func (noRecord) save(record) error     { return nil }
+func (noRecord) remove() error         { return nil }
