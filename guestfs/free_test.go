@@ -207,18 +207,3 @@ func TestCollectorBound(t *testing.T) {
 		t.Error("a range out of order was taken")
 	}
 }
-
-// FuzzFree looks at disks of any content.
-func FuzzFree(f *testing.F) {
-	disk := make([]byte, 256<<10)
-	copy(disk[446:], []byte{0, 0, 0, 0, 0x83, 0, 0, 0, 8, 0, 0, 0, 0xf0, 1, 0, 0})
-	disk[510], disk[511] = 0x55, 0xaa
-	f.Add(disk)
-	area := make([]byte, 64<<10)
-	copy(area[4086:], "SWAPSPACE2")
-	area[1024], area[1028] = 1, 15
-	f.Add(area)
-	f.Fuzz(func(t *testing.T, b []byte) {
-		mustFree(t, b, Options{Gaps: true, Swap: true})
-	})
-}

@@ -229,21 +229,3 @@ func TestMetadataMarkedFree(t *testing.T) {
 		}
 	}
 }
-
-// FuzzExt4 changes filesystems whose superblock has a right checksum.
-func FuzzExt4(f *testing.F) {
-	if os.Geteuid() == 0 {
-		f.Add(dirtyImage(f, "-b 1024 -N 64 -J size=1"), uint32(1024+56), byte(1))
-	}
-	f.Fuzz(func(t *testing.T, b []byte, at uint32, x byte) {
-		b = bytes.Clone(b)
-		if len(b) > superOffset+superSize {
-			b[int(at)%len(b)] ^= x
-			resum(b)
-		}
-		got, err := free(bytes.NewReader(b), int64(len(b)))
-		if err == nil && got.Len() > int64(len(b)) {
-			t.Fatal("more is free than there is")
-		}
-	})
-}

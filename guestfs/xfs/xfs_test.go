@@ -318,18 +318,3 @@ func TestRefusals(t *testing.T) {
 		t.Errorf("truncated: %v", err)
 	}
 }
-
-// FuzzXFS changes filesystems whose superblock has a right checksum.
-func FuzzXFS(f *testing.F) {
-	b := make([]byte, 128<<10)
-	copy(b, "XFSB")
-	f.Add(b, uint32(4), byte(16))
-	f.Fuzz(func(_ *testing.T, b []byte, at uint32, x byte) {
-		b = bytes.Clone(b)
-		if len(b) > 1024 {
-			b[int(at)%len(b)] ^= x
-			resum(b)
-		}
-		_, _ = free(bytes.NewReader(b), int64(len(b))) // it must not panic
-	})
-}

@@ -56,29 +56,34 @@ func (f field) put(b []byte, v uint64) {
 
 // edit gives f a new value.
 func edit(b []byte, f field, all []field, kind, arg byte) {
-	old := f.get(b)
-	v := old
-	switch kind % 9 {
+	other := all[int(arg)*7%len(all)]
+	f.put(b, newValue(f.get(b), other.get(b), f.size, int64(len(b)), kind, arg))
+}
+
+// newValue is what becomes of a number of size bytes in an image of length
+// bytes. other is the value of another field.
+func newValue(old, other uint64, size int, length int64, kind, arg byte) uint64 {
+	switch kind % 10 {
 	case 0:
-		v ^= 1 << (int(arg) % (8 * f.size))
+		return old ^ 1<<(int(arg)%(8*size))
 	case 1:
-		v += uint64(arg) + 1
+		return old + uint64(arg) + 1
 	case 2:
-		v -= uint64(arg) + 1
+		return old - uint64(arg) - 1
 	case 3: // what another field says
-		v = all[int(arg)*7%len(all)].get(b)
+		return other
 	case 4:
-		v = 0
+		return 0
 	case 5:
-		v = ^uint64(0) >> (arg % 64)
+		return ^uint64(0) >> (arg % 64)
 	case 6: // a neighbouring cluster, for many sizes of clusters
-		v += 1 << (9 + arg%10)
+		return old + 1<<(9+arg%10)
 	case 7:
-		v = uint64(len(b)) + uint64(arg) - 128
+		return uint64(length) + uint64(arg) - 128
 	case 8:
-		v = old<<(arg%8) | old>>(8-arg%8)
+		return old<<(arg%8) | old>>(8-arg%8)
 	}
-	f.put(b, v)
+	return 1 << (int(arg) % (8 * size))
 }
 
 // inside adds a field that lies in the image.
