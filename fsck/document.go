@@ -19,8 +19,11 @@ type ImageDoc struct {
 	Exit  int       `json:"exit"`
 	Error string    `json:"error,omitempty"`
 	Files []FileDoc `json:"files"`
-	// Stack is what was found between the files.
-	Stack *ReportDoc `json:"stack,omitempty"`
+	// Stack is what was found between the files, as they are now; Mended what
+	// was found there and fixed, Links the files that this has changed.
+	Stack  *ReportDoc   `json:"stack,omitempty"`
+	Mended []ReportDoc  `json:"mended,omitempty"`
+	Links  []LinkChange `json:"links,omitempty"`
 }
 
 // FileDoc is one file of an image.
@@ -93,6 +96,10 @@ func NewDocument(results []*ImageResult) *Document {
 		if r.Stack != nil {
 			i.Stack = reportDoc(r.Stack)
 		}
+		for _, rep := range r.Mended {
+			i.Mended = append(i.Mended, *reportDoc(rep))
+		}
+		i.Links = r.Links
 		d.Exit |= i.Exit
 		d.Images = append(d.Images, i)
 	}

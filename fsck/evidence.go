@@ -70,7 +70,7 @@ func (s *Stack) assemble(ctx context.Context, res *ImageResult, h *holder, o ope
 		return nil, closeAll
 	}
 	for _, img := range s.trace.Images {
-		f := h.find(res, img.Path)
+		f := h.find(img.Path)
 		if f == nil {
 			return nil, closeAll
 		}
@@ -106,11 +106,9 @@ func (s *Stack) assemble(ctx context.Context, res *ImageResult, h *holder, o ope
 }
 
 // find is the open file at path, nil when it is not one of the image's.
-func (h *holder) find(res *ImageResult, path string) backend.File {
-	for j := range res.Files {
-		if j < len(h.files) && filepath.Clean(res.Files[j].Path) == filepath.Clean(path) {
-			return h.files[j]
-		}
+func (h *holder) find(path string) backend.File {
+	if f := h.files[filepath.Clean(path)]; f != nil {
+		return f
 	}
 	return nil
 }

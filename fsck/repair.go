@@ -61,6 +61,24 @@ func (r *Result) Fixed() (n int64) {
 	return n
 }
 
+// then is the result of a second repair of the same file after r.
+func (r *Result) then(next *Result) *Result {
+	if next == nil || next.Found == nil {
+		return r
+	}
+	out := *r
+	if next.Changed {
+		out.Later = append(append([]*Report(nil), r.Later...), next.Found)
+		out.Later = append(out.Later, next.Later...)
+		out.Changed = true
+	}
+	out.Left = next.Left
+	if !out.Changed {
+		out.Found = next.Left
+	}
+	return &out
+}
+
 // Repair checks f, fixes what o.Decide wants, and checks again until nothing
 // more comes to light. f must be writable and locked unless Decide is nil.
 //

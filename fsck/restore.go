@@ -188,7 +188,7 @@ func RestoreFile(ctx context.Context, path, dump string, o RunOptions) (_ *Resto
 	if err := h.open([]FileResult{target}, o.Decide != nil); err != nil {
 		return nil, "", err
 	}
-	r, err := Restore(ctx, df, h.files[0], Options{Memory: o.Memory}, PlanOptions{Spill: o.Spill})
+	r, err := Restore(ctx, df, h.find(path), Options{Memory: o.Memory}, PlanOptions{Spill: o.Spill})
 	if err != nil {
 		if r != nil {
 			err = errors.Join(err, r.Close())

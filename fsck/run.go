@@ -67,17 +67,23 @@ type FileResult struct {
 type ImageResult struct {
 	Path  string
 	Files []FileResult
-	// Stack is the report on how the files fit; nil when that was not looked
-	// at.
-	Stack *Report
-	Err   error
+	// Stack is the report on how the files fit, as they are now; nil when that
+	// was not looked at. Mended are the reports whose wanted fixes were made,
+	// Links the files that these have changed.
+	Stack  *Report
+	Mended []*Report
+	Links  []LinkChange
+	Err    error
 }
 
 // Exit are the exit bits for r.
 func (r *ImageResult) Exit() int {
 	bits := exitOf(r.Err)
-	if r.Stack != nil && r.Stack.Remaining() > Note {
+	if r.Stack != nil && r.Stack.Worst() > Note {
 		bits |= ExitUncorrected
+	}
+	if len(r.Links) > 0 {
+		bits |= ExitCorrected
 	}
 	for i := range r.Files {
 		f := &r.Files[i]
@@ -225,55 +231,142 @@ func (r *runner) group() [][]int {
 	return out
 }
 
-// image does one image.
+// maxStackRounds bounds how often the files of an image are looked for again
+// because a repair has led to others.
+const maxStackRounds = 4
+
+// image does one image: its files, then how they fit. A repair of either may
+// lead to files that could not be found before; these come next.
 func (r *runner) image(ctx context.Context, i int, group []int, checked map[fileKey]bool) {
 	res, s := &r.results[i], r.stacks[i]
 	if s == nil {
 		return
 	}
 	h := &holder{}
-	defer func() { res.Err = errors.Join(res.Err, h.close()) }()
+	defer func() { res.Err = errors.Join(res.Err, h.close(), h.closeUndos(r.o.undos())) }()
+	for round := 0; ; round++ {
+		todo := r.newFiles(s, res, i, group, checked)
+		if round > 0 {
+			todo = append(descriptorsOf(res), todo...)
+		}
+		changed, err := r.files(ctx, s, res, h, todo)
+		if res.Err = err; err != nil || r.o.Single || ctx.Err() != nil {
+			return
+		}
+		if changed {
+			// What the repair has changed may lead to other files now. The locks
+			// would be in the way.
+			if res.Err = h.close(); res.Err == nil {
+				s, res.Err = FindStack(ctx, res.Path, r.o.Open)
+			}
+			if res.Err != nil {
+				return
+			}
+		}
+		co := CollectorOptions{File: res.Path, Details: r.o.Details}
+		if round < maxStackRounds {
+			co.Decide = r.o.Decide
+		}
+		col := NewCollector(co)
+		if res.Err = s.Check(ctx, col); res.Err != nil {
+			return
+		}
+		res.Stack = col.Sum(Stats{})
+		if len(s.wanted) > 0 {
+			if s = r.links(ctx, s, res, h); s == nil {
+				return
+			}
+			changed = true
+		}
+		if !changed || round == maxStackRounds {
+			return
+		}
+	}
+}
+
+// links makes the changes that the check of the stack asks for, and finds the
+// files again; nil when that went wrong.
+func (r *runner) links(ctx context.Context, s *Stack, res *ImageResult, h *holder) *Stack {
+	if res.Err = h.close(); res.Err != nil {
+		return nil
+	}
+	done, err := s.repairLinks(ctx, h, r.o.undos())
+	res.Links = append(res.Links, done...)
+	if err != nil {
+		res.Err = err
+		return nil
+	}
+	res.Mended = append(res.Mended, res.Stack)
+	s, res.Err = FindStack(ctx, res.Path, r.o.Open)
+	return s
+}
+
+// newFiles enters the files of the stack that nobody has checked in the
+// result, and returns their places there.
+func (r *runner) newFiles(s *Stack, res *ImageResult, i int, group []int, checked map[fileKey]bool) (todo []int) {
 	for _, f := range s.files {
 		k := keyOf(f.Path)
+		if j := res.otherFormat(f); j >= 0 {
+			res.Files[j] = FileResult{StackFile: f} // what was said of it was wrong
+			todo = append(todo, j)
+			continue
+		}
 		if checked[k] || !f.Own && r.ownElsewhere(k, i, group) {
 			continue
 		}
 		checked[k] = true
+		todo = append(todo, len(res.Files))
 		res.Files = append(res.Files, FileResult{StackFile: f})
 	}
-	repair := r.o.Decide != nil
-	if res.Err = h.open(res.Files, repair); res.Err != nil {
-		return
+	return todo
+}
+
+// otherFormat is the place of a file that was checked as another format before
+// its child said the right one; -1 when there is none.
+func (r *ImageResult) otherFormat(f StackFile) int {
+	for j := range r.Files {
+		if h := &r.Files[j]; h.Format != f.Format && filepath.Clean(h.Path) == filepath.Clean(f.Path) && (h.Result == nil || !h.Changed) {
+			return j
+		}
 	}
-	changed := false
+	return -1
+}
+
+// descriptorsOf are the own descriptors, which repaired images let look
+// different.
+func descriptorsOf(res *ImageResult) (out []int) {
+	for j, f := range res.Files {
+		if f.Own && f.Format == "ploop-descriptor" {
+			out = append(out, j)
+		}
+	}
+	return out
+}
+
+// files checks, and repairs, the files of the result that todo names.
+func (r *runner) files(ctx context.Context, s *Stack, res *ImageResult, h *holder, todo []int) (changed bool, err error) {
+	if len(todo) == 0 {
+		return false, nil
+	}
+	if err := h.open(res.Files, r.o.Decide != nil); err != nil {
+		return false, err
+	}
 	guest := r.evidence(ctx, s, res, h)
-	for j := range res.Files {
+	for _, j := range todo {
 		f := &res.Files[j]
 		var free func(off, n int64) bool
 		// What the current state does not use an older one may.
 		if len(s.trace.Images) > 0 && f.Own && sameFile(f.Path, s.trace.Images[0].Path) {
 			free = guest
 		}
-		f.Err = r.file(ctx, f, h, j, free)
+		before := f.Result
+		f.Err = r.file(ctx, f, h, free, s.hasParent(f.StackFile))
 		changed = changed || f.Result != nil && f.Changed
-	}
-	if r.o.Single || ctx.Err() != nil {
-		return
-	}
-	if changed {
-		// What the repair has changed may lead to other files now. The locks
-		// would be in the way.
-		if res.Err = h.close(); res.Err == nil {
-			s, res.Err = FindStack(ctx, res.Path, r.o.Open)
-		}
-		if res.Err != nil {
-			return
+		if before != nil {
+			f.Result = before.then(f.Result)
 		}
 	}
-	col := NewCollector(CollectorOptions{File: res.Path, Details: r.o.Details})
-	if res.Err = s.Check(ctx, col); res.Err == nil {
-		res.Stack = col.Sum(Stats{})
-	}
+	return changed, nil
 }
 
 // ownElsewhere reports whether the file is named itself by another image of
@@ -293,13 +386,13 @@ func (r *runner) ownElsewhere(k fileKey, i int, group []int) bool {
 }
 
 // file checks, and repairs, one file.
-func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free func(off, n int64) bool) (err error) {
+func (r *runner) file(ctx context.Context, f *FileResult, h *holder, free func(off, n int64) bool, parent bool) (err error) {
 	c, err := CheckerFor(f.Format)
 	if err != nil {
 		return err
 	}
 	o := RepairOptions{
-		Options: Options{Memory: r.memory, Data: r.o.Data, GuestFree: free},
+		Options: Options{Memory: r.memory, Data: r.o.Data, GuestFree: free, Parent: parent},
 		Details: r.o.Details,
 		Plan:    PlanOptions{Memory: r.memory / 4, Spill: r.o.Spill},
 		Execute: ExecuteOptions{Name: filepath.Base(f.Path)},
@@ -316,7 +409,8 @@ func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free
 		data, _, err := rel.Open("data file", name)
 		return data, err
 	}
-	var undo backend.File
+	o.Siblings = func() ([]string, error) { return listFiles(filepath.Dir(f.Path)) }
+	file := h.find(f.Path)
 	undos := r.o.undos()
 	if r.o.Decide != nil && f.Own {
 		st, err := os.Stat(f.Path)
@@ -326,7 +420,7 @@ func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free
 		o.Decide = r.o.Decide
 		o.Execute.MTime = st.ModTime().UnixNano()
 		if !st.Mode().IsRegular() {
-			o.Plan.MaxSize, err = h.files[j].Size()
+			o.Plan.MaxSize, err = file.Size()
 			if err != nil {
 				return err
 			}
@@ -334,12 +428,16 @@ func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free
 		lost := &countedLost{LostDir: LostDir(f.Path + ".lost+found")}
 		o.Execute.Lost = lost
 		o.Undo = func() (backend.File, error) {
-			undo, f.Undo, err = undos.Create(f.Path)
-			return undo, err
+			u, err := h.undoFor(f.Path, undos)
+			if err != nil {
+				return nil, err
+			}
+			f.Undo = u.name
+			return u.File, nil
 		}
 		o.Execute.SyncDir = func() error { return undos.Sync(f.Undo) }
 		if f.Format == "ploop-descriptor" {
-			o.Swap = func(content []byte) (backend.File, error) { return h.swap(j, f.Path, content) }
+			o.Swap = func(content []byte) (backend.File, error) { return h.swap(f.Path, content) }
 		}
 		defer func() {
 			if lost.n > 0 {
@@ -347,11 +445,9 @@ func (r *runner) file(ctx context.Context, f *FileResult, h *holder, j int, free
 			}
 		}()
 	}
-	f.Result, err = Repair(ctx, c, h.files[j], o)
-	if undo != nil {
-		err = errors.Join(err, undo.Close())
-		if !f.Changed {
-			err = errors.Join(err, undos.Remove(f.Undo))
+	f.Result, err = Repair(ctx, c, file, o)
+	if u := h.undo[filepath.Clean(f.Path)]; u != nil {
+		if u.used = u.used || f.Changed; !u.used {
 			f.Undo = ""
 		}
 	}
@@ -371,14 +467,59 @@ func (c *countedLost) Create(name string) (backend.File, error) {
 
 // holder has the files of one image open and locked.
 type holder struct {
-	files []backend.File
+	files map[string]backend.File // by clean path
 	locks []io.Closer
+	undo  map[string]*openUndo // by clean path, of the whole run
+}
+
+// openUndo is the undo file of an image. It stays open, and each repair of the
+// image in this run adds to it.
+type openUndo struct {
+	backend.File
+	name string
+	used bool // it is needed to take something back
+}
+
+// undoFor is the undo file of the image at path.
+func (h *holder) undoFor(path string, undos UndoStore) (*openUndo, error) {
+	key := filepath.Clean(path)
+	if u := h.undo[key]; u != nil {
+		return u, nil
+	}
+	f, name, err := undos.Create(path)
+	if err != nil {
+		return nil, err
+	}
+	if h.undo == nil {
+		h.undo = map[string]*openUndo{}
+	}
+	h.undo[key] = &openUndo{File: f, name: name}
+	return h.undo[key], nil
+}
+
+// closeUndos closes the undo files, and removes those that nobody needs.
+func (h *holder) closeUndos(undos UndoStore) error {
+	var errs []error
+	for _, u := range h.undo {
+		errs = append(errs, u.Close())
+		if !u.used {
+			errs = append(errs, undos.Remove(u.name))
+		}
+	}
+	h.undo = nil
+	return errors.Join(errs...)
 }
 
 // open opens and locks all files: own ones for writing when they are to be
 // repaired, the others for reading.
 func (h *holder) open(files []FileResult, repair bool) error {
+	if h.files == nil {
+		h.files = map[string]backend.File{}
+	}
 	for _, f := range files {
+		if h.files[filepath.Clean(f.Path)] != nil {
+			continue
+		}
 		if err := h.lockBundleOf(f, files, repair); err != nil {
 			return err
 		}
@@ -387,7 +528,7 @@ func (h *holder) open(files []FileResult, repair bool) error {
 		if err != nil {
 			return err
 		}
-		h.files = append(h.files, bf)
+		h.files[filepath.Clean(f.Path)] = bf
 		l := backend.LockerOf(bf)
 		if l == nil {
 			continue

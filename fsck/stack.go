@@ -7,7 +7,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
@@ -15,51 +18,43 @@ import (
 	"github.com/imagestack/imagestack/layers/ploop"
 )
 
-// What can be wrong between the files of a stack. None of it is repaired: each
-// wants a decision that only the owner of the files can make.
+// What can be wrong between the files of a stack. Repaired is only what the
+// files prove, or the user states; stack_fix.go has the fixes. What is wrong
+// between a descriptor and its images is a matter of the descriptor's checker.
 var (
 	codeParentMissing = Register("stack.parent.missing", Fatal,
 		"The image names a parent, or its descriptor an image, that does not exist. The disk cannot be read where the image itself has no data.",
-		"Bring the file back. For a parent that was moved, state its new place with image-stack rebase or qemu-img rebase -u.")
+		"Bring the file back. Else: -p and -y take the name of the parent away when the image stores the whole disk by itself, so that nothing is read from a parent; -y names the file of this name beside the image, if it is of the stated format and there is only one. For a parent with another name: qemu-img rebase -u -F FORMAT -b FILE IMAGE.")
 	codeParentLoop = Register("stack.parent.cycle", Fatal,
 		"An image is its own parent, directly or over others. The stack has no end and cannot be opened.",
-		"Find out from backups or names which image is the base, and correct the parent of the others with qemu-img rebase -u.")
+		"-p and -y take the name of the parent away from an image of the loop that stores the whole disk by itself, for that one is the base. Else find out from backups or names which image is the base, and take its parent away with qemu-img rebase -u -b '' IMAGE.")
 	codeParentFormat = Register("stack.parent.wrong-format", Fatal,
 		"A parent is not an image of the format that its child states.",
-		"Check the parent as what it is. If only the statement is wrong, correct it with qemu-img rebase -u -F.")
+		"Check the parent as what it is (image-fsck --format). If only the statement is wrong, image-fsck -y --backing-format FORMAT writes the right one into the child.")
 	codeParentDoubt = Register("stack.parent.not-followed", Note,
 		"A parent is not opened: its format is not stated, or doubtful, or it lies outside the permitted directories. Neither it nor anything below was checked.",
-		"State --backing-format, or permit the directory with --allow-path, if the image is trusted.")
+		"State --backing-format, or permit the directory with --allow-path, if the image is trusted. A format is never guessed, because a guest can make its disk begin like any image; -y writes the one that --backing-format states into the child.")
+	codeParentUnstated = Register("stack.parent.format-unstated", Note,
+		"An image does not state the format of its parent. QEMU guesses it from the content, which a guest can forge.",
+		"-y writes the format that --backing-format states into the image.")
 	codeParentBroken = Register("stack.parent.unreadable", Fatal,
 		"An image of the stack cannot be opened, so what lies below it is not known.",
 		"Repair that image first; its own findings say what is wrong with it.")
 	codeParentNewer = Register("stack.parent.newer", Note,
 		"A parent was modified after the last change of its child. If its content changed, the child does not fit it any more.",
-		"Find out what wrote to the parent. Copying or touching the file also makes it newer.")
+		"Nothing can be repaired: what the child was made upon is gone. Find out what wrote to the parent; copying or touching the file also makes it newer. If its content did change, restore the parent from a backup of before the child was made, or check the files in the guest (--guest).")
 	codeParentLonger = Register("stack.parent.longer", Note,
 		"A parent is a longer disk than its child. The rest is hidden, and appears when the child grows without being told to hide it.",
 		"Nothing, unless the child is to grow: image-stack resize writes zeros there.")
 	codeParentShorter = Register("stack.parent.shorter", Note,
 		"A parent is a shorter disk than its child. What lies behind its end reads as zeros.",
 		"Nothing: this is what growing a disk leaves.")
-	codeBundleSize = Register("stack.bundle.size-mismatch", Damage,
-		"An image of a ploop bundle is not as long as the descriptor says the disk is.",
-		"If the disk was being grown, grow it again; else correct Disk_size in the descriptor.")
-	codeBundleCluster = Register("stack.bundle.cluster-mismatch", Damage,
-		"An image of a ploop bundle has another cluster size than the descriptor says.",
-		"Correct Blocksize in the descriptor. An image whose cluster size differs from its parents' belongs to another disk.")
-	codeBundleOrphan = Register("stack.bundle.orphan-image", Note,
-		"A ploop image lies in the directory of a bundle whose descriptor does not name it: left behind by an interrupted operation, or put there by somebody.",
-		"Move it away if nobody needs it. It is not removed here.")
-	codeBundleTemporary = Register("stack.bundle.temporary-snapshot", Note,
-		"The bundle has a temporary snapshot, which backup tools make and remove. If no backup is running it was left behind and its image grows for ever.",
-		"Merge it with ploop snapshot-merge or ploop snapshot-delete once no backup is running.")
 	codeBaseIsTop = Register("stack.base.is-top", Note,
 		"The parent of an image outside a ploop bundle is the current top of the bundle, to which the bundle's own tools write. Each write there damages the child.",
-		"Make a snapshot of the bundle first and use that as the parent, or do not run the bundle any more.")
+		"Nothing is repaired: who keeps what only their owner knows. Make a snapshot of the bundle first (ploop snapshot) and use that as the parent, or do not run the bundle any more.")
 	codeTopIsBase = Register("stack.top.is-base", Note,
 		"Another image in the same directory names this one as its parent. A change of this one's content, also by a repair, damages the other.",
-		"Check and repair both, and look at the ranges that a repair names as lost.")
+		"Nothing is wrong as long as nobody writes to this one. Check and repair both, and look at the ranges that a repair names as lost.")
 )
 
 // StackFile is one file that belongs to an image.
@@ -79,6 +74,8 @@ type Stack struct {
 	trace *open.Trace
 	files []StackFile
 	desc  map[string]*ploop.Descriptor
+	// wanted are the fixes that the last Check was asked for.
+	wanted []change
 }
 
 // FindStack finds what belongs to the image, descriptor or bundle directory at
@@ -164,9 +161,14 @@ func sameFile(a, b string) bool {
 }
 
 // Check reports what is wrong between the files. It opens files for reading
-// only.
+// only; the fixes that the sink wants are remembered.
 func (s *Stack) Check(ctx context.Context, sink Sink) error {
-	s.checkEnd(sink)
+	s.wanted = nil
+	if errors.Is(s.trace.Err, unix.EIO) {
+		return s.trace.Err // the disk under the image, not the image
+	}
+	s.checkEnd(ctx, sink)
+	s.checkStatements(sink)
 	images := s.trace.Images
 	for i := 1; i < len(images); i++ {
 		if err := ctx.Err(); err != nil {
@@ -176,16 +178,14 @@ func (s *Stack) Check(ctx context.Context, sink Sink) error {
 	}
 	for _, xml := range s.trace.Descriptors {
 		if d := s.desc[xml]; d != nil {
-			if err := s.checkBundle(xml, d, sink); err != nil {
-				return err
-			}
+			s.checkBundle(xml, d, sink)
 		}
 	}
 	return s.checkChildren(ctx, sink)
 }
 
 // checkEnd reports why the stack ends before its lowest layer.
-func (s *Stack) checkEnd(sink Sink) {
+func (s *Stack) checkEnd(ctx context.Context, sink Sink) {
 	err := s.trace.Err
 	if err == nil {
 		return
@@ -198,18 +198,24 @@ func (s *Stack) checkEnd(sink Sink) {
 	}
 	below := len(s.trace.Images) > 1
 	switch {
+	case s.ofDescriptor(ie, err):
+		return // its checker says more
 	case errors.Is(err, fs.ErrNotExist):
 		f.Code = codeParentMissing
+		s.fixMissing(ctx, &f, ie, sink)
+		return
 	case errors.Is(err, open.ErrLoop):
 		f.Code = codeParentLoop
+		s.fixLoop(ctx, &f, ie, sink)
+		return
 	case errors.Is(err, layers.ErrPolicy):
 		f.Code = codeParentDoubt
+		s.fixFormat(&f, ie, sink)
+		return
 	case errors.Is(err, layers.ErrFormat) && below:
 		f.Code = codeParentFormat
-	case errors.Is(err, layers.ErrCorrupt) && errorField(ie) == "Disk_Parameters/Disk_size":
-		f.Code = codeBundleSize
-	case errors.Is(err, layers.ErrCorrupt) && errorField(ie) == "StorageData/Storage/Blocksize":
-		f.Code = codeBundleCluster
+		s.fixFormat(&f, ie, sink)
+		return
 	default:
 		f.Code = codeParentBroken
 		if !below {
@@ -220,11 +226,13 @@ func (s *Stack) checkEnd(sink Sink) {
 	sink.Report(f)
 }
 
-func errorField(e *layers.ImageError) string {
-	if e == nil {
-		return ""
+// ofDescriptor reports whether the stack ends because of something that the
+// checker of the descriptor finds.
+func (s *Stack) ofDescriptor(ie *layers.ImageError, err error) bool {
+	if ie == nil || !slices.Contains(s.trace.Descriptors, ie.Path) {
+		return false
 	}
-	return e.Field
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, layers.ErrCorrupt) && s.desc[ie.Path] != nil
 }
 
 // checkPair looks at a layer and the one below it.
@@ -242,44 +250,17 @@ func (s *Stack) checkPair(child, parent open.Traced, sink Sink) {
 	if parent.Size > child.Size {
 		code = codeParentLonger
 	}
-	sink.Report(Finding{Code: code, Place: Place{File: parent.Path, Offset: -1},
-		Text: fmt.Sprintf("a disk of %d bytes under one of %d bytes, %s", parent.Size, child.Size, child.Path)})
+	text := fmt.Sprintf("a disk of %d bytes under one of %d bytes, %s", parent.Size, child.Size, child.Path)
+	if code == codeParentLonger && child.Format == "ploop" && parent.Format == "ploop" {
+		text += "; ploop only makes disks longer: unless this one was made shorter, the order of the images is wrong"
+	}
+	sink.Report(Finding{Code: code, Place: Place{File: parent.Path, Offset: -1}, Text: text})
 }
 
 func stamp(st os.FileInfo) string { return st.ModTime().UTC().Format("2006-01-02 15:04:05.000 MST") }
 
-// checkBundle compares a descriptor with the files beside it.
-func (s *Stack) checkBundle(xml string, d *ploop.Descriptor, sink Sink) error {
-	rel, err := open.NewRelated(xml, s.o)
-	if err != nil {
-		return err
-	}
-	defer rel.Close()
-	named := map[string]bool{}
-	for _, ref := range d.Images() {
-		named[filepath.Base(ref.File)] = true
-		f, _, err := rel.Open("StorageData/Storage/Image/File", ref.File)
-		if errors.Is(err, fs.ErrNotExist) {
-			if !s.inTrace(err) {
-				sink.Report(Finding{Code: codeParentMissing, Text: "the image " + ref.GUID + " does not exist",
-					Place: Place{File: xml, Offset: -1, Field: "StorageData/Storage/Image/File", Value: ref.File}})
-			}
-			continue
-		}
-		if err == nil {
-			_ = f.Close() // opened for reading
-		}
-	}
-	for _, snap := range d.Snapshots() {
-		if snap.Name == "temporary" {
-			sink.Report(Finding{Code: codeBundleTemporary, Text: "a temporary snapshot",
-				Place: Place{File: xml, Offset: -1, Field: "Snapshots/Shot", Value: snap.ID}})
-		}
-	}
-	if err := s.checkOrphans(filepath.Dir(xml), named, sink); err != nil {
-		return err
-	}
-	// A child from outside on the bundle's top?
+// checkBundle looks for a child from outside on the current top of a bundle.
+func (s *Stack) checkBundle(xml string, d *ploop.Descriptor, sink Sink) {
 	for i := 1; i < len(s.trace.Images); i++ {
 		child, base := s.trace.Images[i-1], s.trace.Images[i]
 		if filepath.Dir(child.Path) == filepath.Dir(xml) && child.Format != "qcow2" || base.Format == "qcow2" {
@@ -292,13 +273,6 @@ func (s *Stack) checkBundle(xml string, d *ploop.Descriptor, sink Sink) error {
 			}
 		}
 	}
-	return nil
-}
-
-// inTrace reports whether the trace ended with the same missing file.
-func (s *Stack) inTrace(err error) bool {
-	var a, b *layers.ImageError
-	return errors.As(err, &a) && errors.As(s.trace.Err, &b) && a.Value == b.Value && errors.Is(b, fs.ErrNotExist)
 }
 
 func resolveIn(from, name string) string {
@@ -338,13 +312,4 @@ func siblings(dir string, do func(path string, st os.FileInfo, head []byte)) err
 		do(path, st, head[:n])
 	}
 	return nil
-}
-
-func (s *Stack) checkOrphans(dir string, named map[string]bool, sink Sink) error {
-	return siblings(dir, func(path string, st os.FileInfo, head []byte) {
-		if ploop.Probe(head) && !named[filepath.Base(path)] {
-			sink.Report(Finding{Code: codeBundleOrphan, Place: Place{File: path, Offset: -1},
-				Text: fmt.Sprintf("an image of %d bytes that the descriptor does not name", st.Size())})
-		}
-	})
 }

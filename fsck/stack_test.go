@@ -179,50 +179,6 @@ func TestStackBundle(t *testing.T) {
 			t.Errorf("%q", got)
 		}
 	})
-	t.Run("orphan", func(t *testing.T) {
-		dir := bundle(t)
-		b, err := os.ReadFile(filepath.Join(dir, "root.hds"))
-		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, "left.hds"), b, 0o600)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		wantCodes(t, codesOf(t, dir, open.Options{}), "stack.bundle.orphan-image left.hds")
-	})
-	t.Run("missing", func(t *testing.T) {
-		dir := bundle(t)
-		if err := os.Remove(filepath.Join(dir, "root.hds")); err != nil {
-			t.Fatal(err)
-		}
-		wantCodes(t, codesOf(t, dir, open.Options{}), "stack.parent.missing DiskDescriptor.xml")
-	})
-	edit := func(t *testing.T, dir, old, new string) {
-		t.Helper()
-		path := filepath.Join(dir, "DiskDescriptor.xml")
-		b, err := os.ReadFile(path)
-		if err != nil || !strings.Contains(string(b), old) {
-			t.Fatalf("%v\n%s", err, b)
-		}
-		if err := os.WriteFile(path, []byte(strings.ReplaceAll(string(b), old, new)), 0o600); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Run("size", func(t *testing.T) {
-		dir := bundle(t)
-		edit(t, dir, ">8192<", ">16384<")
-		wantCodes(t, codesOf(t, dir, open.Options{}), "stack.bundle.size-mismatch DiskDescriptor.xml")
-	})
-	t.Run("cluster", func(t *testing.T) {
-		dir := bundle(t)
-		edit(t, dir, "<Blocksize>2048<", "<Blocksize>1024<")
-		wantCodes(t, codesOf(t, dir, open.Options{}), "stack.bundle.cluster-mismatch DiskDescriptor.xml")
-	})
-	t.Run("temporary", func(t *testing.T) {
-		dir := bundle(t)
-		edit(t, dir, "</Shot>", "<Temporary/></Shot>")
-		wantCodes(t, codesOf(t, dir, open.Options{}), "stack.bundle.temporary-snapshot DiskDescriptor.xml")
-	})
 	t.Run("child on the top", func(t *testing.T) {
 		imgtest.Require(t, "qemu-img")
 		dir := bundle(t)

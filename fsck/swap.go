@@ -9,9 +9,9 @@ import (
 	"github.com/imagestack/imagestack/backend"
 )
 
-// swap replaces file j, at path, by one with the given content, at once and
+// swap replaces the file at path by one with the given content, at once and
 // durably, and opens it.
-func (h *holder) swap(j int, path string, content []byte) (backend.File, error) {
+func (h *holder) swap(path string, content []byte) (backend.File, error) {
 	p, err := renameio.NewPendingFile(path, renameio.WithExistingPermissions(), renameio.WithTempDir(filepath.Dir(path)))
 	if err != nil {
 		return nil, err
@@ -30,7 +30,8 @@ func (h *holder) swap(j int, path string, content []byte) (backend.File, error) 
 	if err != nil {
 		return nil, err
 	}
-	err = h.files[j].Close()
-	h.files[j] = f
+	key := filepath.Clean(path)
+	err = h.files[key].Close()
+	h.files[key] = f
 	return f, errors.Join(err)
 }

@@ -20,6 +20,13 @@ func (p *printer) image(r *fsck.ImageResult) {
 	for i := range r.Files {
 		p.file(&r.Files[i])
 	}
+	for _, rep := range r.Mended {
+		p.report(rep, true)
+	}
+	for _, l := range r.Links {
+		fmt.Fprintf(p.w, "%s: says something else about its parent now; taken back by: image-fsck --undo-apply %s %s\n",
+			printable(l.Path), printable(l.Undo), printable(l.Path))
+	}
 	if r.Stack != nil {
 		p.report(r.Stack, false)
 	}

@@ -17,7 +17,7 @@
 // lost+found.
 //
 // The parts: layout.go numbers of the format, codes.go the codes, header.go
-// the header, extension.go the format extension, bat.go the walk, entries.go
+// the header, convert.go interrupted conversions, extension.go the format extension, bat.go the walk, entries.go
 // bad entries, shared.go clusters with several owners, space.go leaks and the
 // end of the file, holes.go sparseness, descriptor.go the XML.
 package ploopfsck
@@ -71,6 +71,7 @@ type check struct {
 	blind   atomic.Bool  // a part of the BAT could not be read
 	doubt   bool         // the header was wrong
 	convert bool         // interrupted conversion: entries are not touched
+	noSaved string       // why the BAT saved before it is of no use
 	bad     atomic.Int64 // bad entries
 	used    int64        // slots that entries refer to
 	last    int64        // the last slot that is used, -1 without any
@@ -96,6 +97,9 @@ func (Checker) Check(ctx context.Context, f backend.File, o fsck.Options, sink f
 		return c.stats, err
 	}
 	if ok, err := c.checkHeader(); err != nil || !ok {
+		return c.stats, err
+	}
+	if settled, err := c.conversion(); err != nil || settled {
 		return c.stats, err
 	}
 	if err := c.checkExtension(); err != nil {

@@ -60,7 +60,7 @@ var (
 		"-p and -y set it.")
 	codeConverting = fsck.Register("ploop.header.converting", fsck.Fatal,
 		"A conversion between version 1 and 2 was interrupted (CIF_FmtVersionConvert). Entries of the BAT may be in either form.",
-		"-y clears the flag if the whole BAT is valid in the form of the header. Else the BAT has to be restored from IMAGE.idx; nothing is repaired until then.")
+		"-p and -y go back to the BAT that the conversion has saved as IMAGE.idx beside the image, or finish it where another image of the bundle has been finished; nothing is lost either way. Without that file -y clears the flag if the whole BAT is valid in the form of the header; else nothing is repaired until IMAGE.idx is brought back. Remove IMAGE.idx afterwards.")
 	codeFlags = fsck.Register("ploop.header.unknown-flags", fsck.Note,
 		"m_Flags has bits whose meaning is not known.",
 		"Nothing: they are kept.")
@@ -154,48 +154,4 @@ var (
 	codeHoleFree = fsck.Register("ploop.host.hole-free", fsck.Note,
 		"The host file has holes in clusters that nothing uses: punched on purpose, or left by a crash. ploop before version 8 refuses them.",
 		"Nothing is done: they take no space, and vanish with the clusters.")
-)
-
-// Codes of the descriptor.
-const (
-	fromBackup = "Correct the descriptor by hand or from a backup; ploop restore-descriptor makes a new one for a single image."
-)
-
-var (
-	codeXML = fsck.Register("ploop.descriptor.xml", fsck.Fatal,
-		"The descriptor is no well-formed XML document of a sane size.", fromBackup)
-	codeDescriptor = fsck.Register("ploop.descriptor.refused", fsck.Damage,
-		"The descriptor is refused for a reason that has no code of its own.", fromBackup)
-	codeDescStructure = fsck.Register("ploop.descriptor.structure", fsck.Fatal,
-		"A necessary part of the descriptor is missing.", fromBackup)
-	codeDescNumber = fsck.Register("ploop.descriptor.number", fsck.Damage,
-		"A value of the descriptor is not the number that it has to be.", fromBackup)
-	codeDescSize = fsck.Register("ploop.descriptor.size", fsck.Damage,
-		"Disk_size and the range of the Storage contradict each other.",
-		"Find out the size from the header of the top image (image-stack info) and correct the descriptor.")
-	codeDescGUID = fsck.Register("ploop.descriptor.guid", fsck.Damage,
-		"A GUID is malformed.", fromBackup)
-	codeDescDuplicate = fsck.Register("ploop.descriptor.duplicate", fsck.Damage,
-		"Two images or snapshots have the same GUID or file.", fromBackup)
-	codeDescType = fsck.Register("ploop.descriptor.type", fsck.Damage,
-		"The type of an image is neither Plain nor Compressed.", fromBackup)
-	codeDescFile = fsck.Register("ploop.descriptor.file", fsck.Damage,
-		"The file name of an image is empty or impossible.", fromBackup)
-	codeDescMissing = fsck.Register("ploop.descriptor.image-missing", fsck.Damage,
-		"An image that the descriptor names does not exist.",
-		"Bring the file back, or correct its name in the descriptor.")
-	codeDescNoImage = fsck.Register("ploop.descriptor.snapshot-without-image", fsck.Damage,
-		"A snapshot has no image.", fromBackup)
-	codeDescNoShot = fsck.Register("ploop.descriptor.image-without-snapshot", fsck.Damage,
-		"An image has no snapshot, so nothing tells where it belongs.", fromBackup)
-	codeDescTop = fsck.Register("ploop.descriptor.top", fsck.Damage,
-		"The current top is no snapshot of the bundle.",
-		"Set TopGUID to the snapshot that is no other's parent and was written last.")
-	codeDescParent = fsck.Register("ploop.descriptor.parent", fsck.Damage,
-		"The parent of a snapshot does not exist.", fromBackup)
-	codeDescLoop = fsck.Register("ploop.descriptor.loop", fsck.Damage,
-		"Snapshots are each other's parents.", fromBackup)
-	codeDescUnsupported = fsck.Register("ploop.descriptor.unsupported", fsck.Damage,
-		"The descriptor uses encryption, a parent volume or a split disk, which is not supported.",
-		"Use the tools of Virtuozzo.")
 )

@@ -134,9 +134,7 @@ func TestParent(t *testing.T) {
 		clear(want[3*k : 4*k])
 		p.Put32(64+4*3, 0xffff0000)
 		f := backend.NewMemBytes("image", p.B)
-		c := checker
-		c.Parent = true
-		res, _, lost := repair(t, c, f, fsck.DecideAll, fsck.Options{})
+		res, _, lost := repair(t, checker, f, fsck.DecideAll, fsck.Options{Parent: true})
 		if res.Left.Worst() > fsck.Note {
 			show(t, "left", res.Left)
 			t.Error("not clean")

@@ -1,13 +1,10 @@
 package ploopfsck
 
 import (
-	"bytes"
 	"context"
-	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"path"
 	"strconv"
 	"strings"
@@ -15,327 +12,345 @@ import (
 	"github.com/google/uuid"
 
 	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/layers/ploop"
 )
 
-// Bounds of a descriptor, those of layers/ploop.
 const (
-	maxDescriptor = 1 << 20
-	maxNodes      = 64 << 10
-	maxNesting    = 32
-
 	defaultTop = "{5fbaabe3-6958-40ff-92a7-860e329aab41}"
 	noParent   = "{00000000-0000-0000-0000-000000000000}"
 )
 
-// DescriptorChecker checks a DiskDescriptor.xml by itself. Whether it fits the
-// files beside it is a matter of fsck.Stack. Nothing is repaired: what a
-// descriptor should say only its owner, a backup of it or the images tell.
+// DescriptorChecker checks a DiskDescriptor.xml, and with Options.OpenFile and
+// Options.Siblings whether it fits the files beside it. What it repairs it
+// takes from what the descriptor says twice and from sound headers of images;
+// every edit leaves the rest of the document as it is, byte for byte.
 type DescriptorChecker struct{}
 
 // Format implements fsck.Checker.
 func (DescriptorChecker) Format() string { return "ploop-descriptor" }
 
-// Check implements fsck.Checker. A descriptor that layers/ploop accepts is
-// clean; of any other it names all that is wrong.
+// Check implements fsck.Checker.
 func (DescriptorChecker) Check(ctx context.Context, f backend.File, o fsck.Options, sink fsck.Sink) (fsck.Stats, error) {
-	d := descriptor{ctx: ctx, o: o, sink: sink, stats: fsck.Stats{Format: "ploop-descriptor"}}
+	d := descriptor{ctx: ctx, f: f, o: o, sink: sink, stats: fsck.Stats{Format: "ploop-descriptor"}}
 	b := make([]byte, maxDescriptor+1)
 	n, err := o.Reader(f).ReadAt(b, 0)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return d.stats, err
 	}
-	b = b[:n]
-	strict, err := ploop.ParseDescriptor(b)
-	if err == nil {
-		d.stats.VirtualSize, d.stats.ClusterSize = strict.Size(), strict.BlockSize()
-		return d.stats, ctx.Err()
-	}
-	root, xerr := parseXML(b)
-	if xerr != nil {
-		d.report(codeXML, "", nil, xerr.Error())
-		return d.stats, nil
+	d.b = b[:n]
+	d.lookAround()
+	_, strict := ploop.ParseDescriptor(d.b)
+	root, err := parseXML(d.b)
+	if err != nil {
+		d.whole(codeXML, "", err.Error())
+		return d.stats, d.finish()
 	}
 	d.root(root)
-	if !d.found {
-		d.report(codeDescriptor, "", nil, err.Error())
+	if !d.found && strict != nil {
+		d.report(codeDescriptor, "", nil, strict.Error())
 	}
-	return d.stats, ctx.Err()
-}
-
-// node is an element of the document.
-type node struct {
-	name string
-	text strings.Builder
-	sub  []*node
-}
-
-// all are the children of a name, one the first of them.
-func (n *node) all(name string) (out []*node) {
-	for _, s := range n.sub {
-		if s.name == name {
-			out = append(out, s)
-		}
+	if err := ctx.Err(); err != nil {
+		return d.stats, err
 	}
-	return out
-}
-
-func (n *node) one(name string) *node {
-	for _, s := range n.sub {
-		if s.name == name {
-			return s
-		}
-	}
-	return nil
-}
-
-// value is the text of a child, "" without it.
-func (n *node) value(name string) string {
-	if s := n.one(name); s != nil {
-		return strings.TrimSpace(s.text.String())
-	}
-	return ""
-}
-
-// parseXML builds a tree of bounded size.
-func parseXML(b []byte) (*node, error) {
-	if len(b) > maxDescriptor {
-		return nil, fmt.Errorf("larger than %d bytes", maxDescriptor)
-	}
-	dec := xml.NewDecoder(bytes.NewReader(b))
-	top := &node{}
-	open := []*node{top}
-	for nodes := 0; ; nodes++ {
-		tok, err := dec.Token()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			return nil, err
-		}
-		if nodes > maxNodes || len(open) > maxNesting {
-			return nil, errors.New("too many or too deeply nested elements")
-		}
-		at := open[len(open)-1]
-		switch e := tok.(type) {
-		case xml.StartElement:
-			n := &node{name: e.Name.Local}
-			at.sub = append(at.sub, n)
-			open = append(open, n)
-		case xml.EndElement:
-			open = open[:len(open)-1]
-		case xml.CharData:
-			at.text.Write(e)
-		}
-	}
-	if len(top.sub) == 0 {
-		return nil, errors.New("no root element")
-	}
-	return top.sub[0], nil
+	return d.stats, d.finish()
 }
 
 // descriptor is the state of one check.
 type descriptor struct {
 	ctx   context.Context
+	f     backend.File
+	b     []byte
 	o     fsck.Options
 	sink  fsck.Sink
 	stats fsck.Stats
-	found bool
+	found bool // something worse than a note
+
+	size, end, block int64 // in sectors, -1 for what is no number
+	params, store    *node
+	images           []*image
+	shots            []*shot
+	snapshots        *node
+	topGUID          string
+
+	siblings []string // names of the files beside it, nil when not known
+	heads    map[string]*facts
+	edits    []edit
+	fresh    []byte // a new document, instead of edits
 }
 
-func (d *descriptor) report(code *fsck.Code, field string, value any, text string) {
+// image is an Image element.
+type image struct {
+	n           *node
+	field, guid string // guid is "" for one that is malformed
+	typ, file   string
+	facts       *facts // nil when the file cannot be looked at
+	missing     bool   // there is no such file
+}
+
+// shot is a Shot element.
+type shot struct {
+	n                   *node
+	field, guid, parent string // "" for what is malformed
+	temporary           bool
+}
+
+// place makes a finding at a field.
+func (d *descriptor) place(code *fsck.Code, field string, value any, text string) fsck.Finding {
 	d.found = d.found || code.Severity > fsck.Note
-	d.sink.Report(fsck.Finding{Code: code, Place: fsck.Place{Offset: -1, Field: field, Value: value}, Text: text})
+	return fsck.Finding{Code: code, Place: fsck.Place{Offset: -1, Field: field, Value: value}, Text: text}
 }
 
-// sectors reads a number of sectors.
-func (d *descriptor) sectors(n *node, field, name string) (int64, bool) {
-	s := n.value(name)
-	v, err := strconv.ParseUint(s, 10, 64)
-	if err != nil || v > 1<<53 {
-		d.report(codeDescNumber, field+"/"+name, s, "not a number of sectors")
-		return 0, false
+// report is a finding without a fix.
+func (d *descriptor) report(code *fsck.Code, field string, value any, text string) {
+	d.sink.Report(d.place(code, field, value, text))
+}
+
+// offer is a finding whose fix are edits, none if there are no edits.
+func (d *descriptor) offer(f fsck.Finding, level fsck.Level, text string, loses []blockmap.Range, edits []edit) {
+	if len(edits) > 0 {
+		f.Fix = &fsck.Fix{Text: text, Level: level, Loses: loses}
 	}
-	return int64(v), true
+	if d.sink.Report(f) && d.o.Plan != nil && !clash(d.edits, edits) {
+		// What clashes waits for the next round of repair.
+		d.edits = append(d.edits, edits...)
+	}
+}
+
+// whole is a finding about a document that is of no use. Where the images
+// beside it leave no doubt a new one takes its place.
+func (d *descriptor) whole(code *fsck.Code, field, text string) {
+	f := d.place(code, field, nil, text)
+	name, x := d.onlyImage()
+	var fresh []byte
+	if x != nil {
+		if n, err := ploop.NewDescriptor(x.size, x.cluster, name); err == nil {
+			fresh, err = n.Marshal()
+			if err != nil {
+				fresh = nil
+			}
+		}
+	}
+	if fresh != nil {
+		f.Fix = &fsck.Fix{Level: fsck.Full, Text: fmt.Sprintf("write a new one for %s, the only image in the directory", name)}
+	}
+	if d.sink.Report(f) && d.o.Plan != nil && fresh != nil {
+		d.fresh = fresh
+	}
+}
+
+// finish enters the new document in the plan.
+func (d *descriptor) finish() error {
+	switch {
+	case d.o.Plan == nil:
+		return nil
+	case d.fresh != nil:
+		return d.o.Plan.Replace(d.fresh)
+	case len(d.edits) > 0:
+		return d.o.Plan.Replace(apply(d.b, d.edits))
+	}
+	return nil
+}
+
+// maxSectors bounds a number of sectors.
+const maxSectors = 1 << 53
+
+// sectors reads a number of sectors, -1 for what is none.
+func (d *descriptor) sectors(n *node, name string) int64 {
+	if n == nil {
+		return -1
+	}
+	v, err := strconv.ParseUint(n.value(name), 10, 64)
+	if err != nil || v > maxSectors {
+		return -1
+	}
+	return int64(v)
 }
 
 func (d *descriptor) root(root *node) {
-	params, data := root.one("Disk_Parameters"), root.one("StorageData")
-	size, sizeOK := int64(0), false
-	if params == nil {
-		d.report(codeDescStructure, root.name, nil, "Disk_Parameters is missing")
-	} else {
-		size, sizeOK = d.sectors(params, "Disk_Parameters", "Disk_size")
-		if sizeOK {
-			d.stats.VirtualSize = size * sectorSize
+	d.params = root.one("Disk_Parameters")
+	data := root.one("StorageData")
+	if d.params == nil || data == nil || data.one("Storage") == nil || data.one("Storage").one("Image") == nil {
+		what := "Disk_Parameters"
+		switch {
+		case d.params == nil:
+		case data == nil:
+			what = "StorageData"
+		case data.one("Storage") == nil:
+			what = "StorageData/Storage"
+		default:
+			what = "StorageData/Storage/Image"
 		}
-		if enc := params.one("Encryption"); enc != nil && enc.value("KeyId") != "" {
+		d.whole(codeDescStructure, root.name, what+" is missing")
+	}
+	if d.params != nil {
+		if enc := d.params.one("Encryption"); enc != nil && enc.value("KeyId") != "" {
 			d.report(codeDescUnsupported, "Disk_Parameters/Encryption/KeyId", enc.value("KeyId"), "encrypted disk")
 		}
 	}
 	if data == nil {
-		d.report(codeDescStructure, root.name, nil, "StorageData is missing")
 		return
 	}
 	if vol := data.one("Volume"); vol != nil && vol.value("Parent") != "" {
 		d.report(codeDescUnsupported, "StorageData/Volume/Parent", vol.value("Parent"), "volume with a parent volume")
 	}
 	storages := data.all("Storage")
-	if len(storages) != 1 {
-		code := codeDescUnsupported
-		if len(storages) == 0 {
-			code = codeDescStructure
-		}
-		d.report(code, "StorageData/Storage", len(storages), "exactly one Storage is expected (split disks have more)")
-		if len(storages) == 0 {
-			return
-		}
+	if len(storages) > 1 {
+		d.report(codeDescUnsupported, "StorageData/Storage", len(storages), "exactly one Storage is expected (split disks have more)")
 	}
-	d.storage(storages[0], size, sizeOK)
-	images := d.images(storages[0])
-	d.snapshots(root.one("Snapshots"), images)
+	if len(storages) == 0 {
+		return
+	}
+	d.store = storages[0]
+	d.readImages()
+	d.readShots(root.one("Snapshots"))
+	d.checkNumbers()
+	d.checkImages()
+	d.checkShots()
+	d.checkFiles()
 }
 
-func (d *descriptor) storage(s *node, size int64, sizeOK bool) {
-	const field = "StorageData/Storage"
-	if v, ok := d.sectors(s, field, "Start"); ok && v != 0 {
-		d.report(codeDescSize, field+"/Start", v, "the only storage does not begin at 0")
-	}
-	if v, ok := d.sectors(s, field, "End"); ok && sizeOK && v != size {
-		d.report(codeDescSize, field+"/End", v, fmt.Sprintf("the disk has %d sectors", size))
-	}
-	if v, ok := d.sectors(s, field, "Blocksize"); ok {
-		if v == 0 || v > maxClusterSectors {
-			d.report(codeDescNumber, field+"/Blocksize", v, "not a cluster size")
-		} else {
-			d.stats.ClusterSize = v * sectorSize
-		}
-	}
-}
-
-// guid reads a GUID, "" for a malformed one.
-func (d *descriptor) guid(n *node, field, name string) string {
-	s := n.value(name)
+// guidText normalises a GUID, "" for a malformed one.
+func guidText(s string) string {
 	bare := s
 	if len(s) == 38 && s[0] == '{' && s[37] == '}' {
 		bare = s[1:37]
 	}
 	u, err := uuid.Parse(bare)
 	if len(bare) != 36 || err != nil {
-		d.report(codeDescGUID, field+"/"+name, s, "not a GUID")
 		return ""
 	}
 	return "{" + u.String() + "}"
 }
 
-// images returns the images by GUID.
-func (d *descriptor) images(storage *node) map[string]bool {
-	images, files := map[string]bool{}, map[string]int{}
-	list := storage.all("Image")
-	if len(list) == 0 {
-		d.report(codeDescStructure, "StorageData/Storage/Image", nil, "no image")
-	}
-	for k, n := range list {
-		field := fmt.Sprintf("StorageData/Storage/Image[%d]", k+1)
-		if guid := d.guid(n, field, "GUID"); guid != "" {
-			if images[guid] {
-				d.report(codeDescDuplicate, field+"/GUID", guid, "another image has the same GUID")
-			}
-			images[guid] = true
+func (d *descriptor) readImages() {
+	for k, n := range d.store.all("Image") {
+		i := &image{n: n, field: fmt.Sprintf("StorageData/Storage/Image[%d]", k+1), guid: guidText(n.value("GUID")),
+			typ: n.value("Type"), file: n.value("File")}
+		if i.file != "" && !strings.ContainsRune(i.file, 0) {
+			i.facts, i.missing = d.look(i.file)
 		}
-		if typ := n.value("Type"); typ != "Plain" && typ != "Compressed" {
-			d.report(codeDescType, field+"/Type", typ, "neither Plain nor Compressed")
-		}
-		name := n.value("File")
-		if name == "" || strings.ContainsRune(name, 0) {
-			d.report(codeDescFile, field+"/File", name, "not a file name")
-			continue
-		}
-		if other := files[path.Clean(name)]; other != 0 {
-			d.report(codeDescDuplicate, field+"/File", name, fmt.Sprintf("is the file of Image[%d] too", other))
-			continue
-		}
-		files[path.Clean(name)] = k + 1
-		d.exists(field+"/File", name)
-	}
-	return images
-}
-
-// exists looks for an image, which fsck.Stack cannot do with a descriptor that
-// does not parse.
-func (d *descriptor) exists(field, name string) {
-	if d.o.OpenFile == nil {
-		return
-	}
-	f, err := d.o.OpenFile(name)
-	if err == nil {
-		_ = f.Close() // opened for reading
-	} else if errors.Is(err, fs.ErrNotExist) {
-		d.report(codeDescMissing, field, name, "there is no such file")
+		d.images = append(d.images, i)
 	}
 }
 
-func (d *descriptor) snapshots(s *node, images map[string]bool) {
+var temporaryMarks = []string{"Temporary", "TemporaryZero", "TemporaryZeroSwap"}
+
+func (d *descriptor) readShots(s *node) {
+	d.snapshots, d.topGUID = s, defaultTop
 	if s == nil {
-		if len(images) > 1 {
-			d.report(codeDescStructure, "Snapshots", nil, fmt.Sprintf("missing, with %d images", len(images)))
+		if len(d.images) == 1 {
+			d.topGUID = d.images[0].guid
 		}
 		return
 	}
-	parent := map[string]string{}
-	shots := s.all("Shot")
-	for k, n := range shots {
-		field := fmt.Sprintf("Snapshots/Shot[%d]", k+1)
-		guid, up := d.guid(n, field, "GUID"), d.guid(n, field, "ParentGUID")
-		if guid == "" {
-			continue
-		}
-		if _, dup := parent[guid]; dup {
-			d.report(codeDescDuplicate, field+"/GUID", guid, "another snapshot has the same GUID")
-		}
-		parent[guid] = up
-		if !images[guid] {
-			d.report(codeDescNoImage, field+"/GUID", guid, "no image has this GUID")
-		}
-	}
-	for guid := range images {
-		if _, ok := parent[guid]; !ok {
-			d.report(codeDescNoShot, "StorageData/Storage/Image/GUID", guid, "no snapshot has this GUID")
-		}
-	}
-	top := defaultTop
 	if s.one("TopGUID") != nil {
-		top = d.guid(s, "Snapshots", "TopGUID")
+		d.topGUID = guidText(s.value("TopGUID"))
 	}
-	if _, ok := parent[top]; !ok && top != "" {
-		d.report(codeDescTop, "Snapshots/TopGUID", top, "no snapshot has this GUID")
+	for k, n := range s.all("Shot") {
+		sh := &shot{n: n, field: fmt.Sprintf("Snapshots/Shot[%d]", k+1), guid: guidText(n.value("GUID")), parent: guidText(n.value("ParentGUID"))}
+		for _, mark := range temporaryMarks {
+			sh.temporary = sh.temporary || n.one(mark) != nil
+		}
+		d.shots = append(d.shots, sh)
 	}
-	d.chains(shots, parent)
 }
 
-// chains follows the parents of every snapshot, each once.
-func (d *descriptor) chains(shots []*node, parent map[string]string) {
-	state := map[string]int{noParent: 2, "": 2} // 1: on the way, 2: done
-	for guid := range parent {
-		var way []string
-		at := guid
-		for state[at] == 0 {
-			up, ok := parent[at]
-			if !ok {
-				d.report(codeDescParent, "Snapshots/Shot/ParentGUID", at, "no snapshot has this GUID")
-				break
-			}
-			state[at] = 1
-			way = append(way, at)
-			at = up
-		}
-		if state[at] == 1 {
-			d.report(codeDescLoop, "Snapshots/Shot/ParentGUID", at, "snapshots form a loop")
-		}
-		state[at] = 2
-		for _, g := range way {
-			state[g] = 2
+// image returns the image of a GUID, nil without one.
+func (d *descriptor) image(guid string) *image {
+	for _, i := range d.images {
+		if guid != "" && i.guid == guid {
+			return i
 		}
 	}
+	return nil
+}
+
+func (d *descriptor) shot(guid string) *shot {
+	for _, s := range d.shots {
+		if guid != "" && s.guid == guid {
+			return s
+		}
+	}
+	return nil
+}
+
+// checkImages looks at the Image elements by themselves.
+func (d *descriptor) checkImages() {
+	guids, files := map[string]bool{}, map[string]int{}
+	for k, i := range d.images {
+		switch {
+		case i.guid == "":
+			d.wrongGUID(i)
+		case guids[i.guid]:
+			d.report(codeDescDuplicate, i.field+"/GUID", i.guid, "another image has the same GUID")
+		}
+		guids[i.guid] = true
+		if i.typ != "Plain" && i.typ != "Compressed" {
+			d.wrongType(i)
+		}
+		clean := path.Clean(i.file)
+		switch {
+		case i.file == "" || strings.ContainsRune(i.file, 0):
+			f := d.place(codeDescFile, i.field+"/File", i.file, "not a file name")
+			d.findFile(i, f)
+		case files[clean] != 0:
+			d.report(codeDescDuplicate, i.field+"/File", i.file, fmt.Sprintf("is the file of Image[%d] too", files[clean]))
+		}
+		files[clean] = k + 1
+	}
+}
+
+// wrongGUID handles an image whose GUID is malformed: the only snapshot
+// without an image tells it.
+func (d *descriptor) wrongGUID(i *image) {
+	f := d.place(codeDescGUID, i.field+"/GUID", i.n.value("GUID"), "not a GUID")
+	lone := d.shotsAlone()
+	bad := 0
+	for _, other := range d.images {
+		if other.guid == "" {
+			bad++
+		}
+	}
+	if len(lone) != 1 || bad != 1 {
+		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
+		return
+	}
+	d.offer(f, fsck.Full, "set it to "+lone[0].guid+", the only snapshot without an image", nil, setText(d.b, i.n, "GUID", lone[0].guid))
+}
+
+// wrongType handles an image of an unknown type: raw is a mode of the whole
+// disk, so that the others tell it, or the image itself.
+func (d *descriptor) wrongType(i *image) {
+	f := d.place(codeDescType, i.field+"/Type", i.typ, "neither Plain nor Compressed")
+	want := ""
+	for _, other := range d.images {
+		switch {
+		case other.typ != "Plain" && other.typ != "Compressed":
+		case want != "" && want != other.typ:
+			d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
+			return
+		default:
+			want = other.typ
+		}
+	}
+	if want == "" && len(d.images) == 1 && i.facts != nil && i.facts.sound {
+		want = "Compressed"
+	}
+	if want == "" {
+		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
+		return
+	}
+	d.offer(f, fsck.Full, "set it to "+want, nil, setText(d.b, i.n, "Type", want))
+}
+
+// shotsAlone are the snapshots without an image.
+func (d *descriptor) shotsAlone() (out []*shot) {
+	for _, s := range d.shots {
+		if s.guid != "" && d.image(s.guid) == nil {
+			out = append(out, s)
+		}
+	}
+	return out
 }

@@ -1,6 +1,7 @@
 package ploopfsck
 
 import (
+	"cmp"
 	"fmt"
 	"math"
 	"math/bits"
@@ -262,9 +263,12 @@ func (c *check) checkFlags() error {
 	clean := !c.blind.Load()
 	if c.convert {
 		f := fsck.Finding{Code: codeConverting, Place: fsck.Place{Offset: offFlags, Field: "m_Flags", Value: h.u32(offFlags)},
-			Text: "entries are in either form; the BAT is saved in the file of this name with .idx added"}
+			Text: "entries are in either form; the BAT should be saved in the file of this name with .idx added"}
+		if c.noSaved != "" {
+			f.Text = "entries are in either form; " + c.noSaved
+		}
 		if clean && c.bad.Load() == 0 {
-			f.Text = fmt.Sprintf("every entry is valid in the form of version %d", c.version)
+			f.Text = fmt.Sprintf("every entry is valid in the form of version %d; %s", c.version, cmp.Or(c.noSaved, "no saved BAT was looked for"))
 			f.Fix = &fsck.Fix{Text: "clear the flag", Level: fsck.Full}
 		}
 		if c.report(f) {
