@@ -55,6 +55,8 @@ type osFile struct {
 	// for the inode's lock there spin.
 	writing sync.Mutex
 
+	length length
+
 	lockMu sync.Mutex
 	use    Perm // bytes 100+n that we hold
 	unsh   Perm // bytes 200+n that we hold
@@ -176,6 +178,9 @@ func newOSFile(f *os.File) (*osFile, error) {
 	switch st.Mode & unix.S_IFMT {
 	case unix.S_IFREG:
 		o.dev, o.ino = st.Dev, st.Ino
+		if flags&unix.O_ACCMODE != unix.O_RDONLY {
+			o.length.least = st.Size
+		}
 	case unix.S_IFBLK:
 		o.dev, o.block = st.Rdev, true
 		err := o.control(func(fd int) error {
@@ -267,7 +272,12 @@ func (o *osFile) WriteAt(p []byte, off int64) (int, error) {
 		o.writing.Lock()
 		defer o.writing.Unlock()
 	}
-	return o.f.WriteAt(p, off)
+	if err := o.whole("write"); err != nil {
+		return 0, err
+	}
+	n, err := o.f.WriteAt(p, off)
+	o.reached(off, int64(n))
+	return n, err
 }
 
 func (o *osFile) Size() (int64, error) {
@@ -322,11 +332,20 @@ func (o *osFile) Truncate(size int64) error {
 }
 
 func (o *osFile) truncate(size int64) error {
-	return pathErr("truncate", o.name, o.control(func(fd int) error { return unix.Ftruncate(fd, size) }))
+	o.length.mu.Lock()
+	defer o.length.mu.Unlock()
+	err := o.control(func(fd int) error { return unix.Ftruncate(fd, size) })
+	if err == nil {
+		o.length.least = size
+	}
+	return pathErr("truncate", o.name, err)
 }
 
 // Sync is File, by fdatasync(2).
 func (o *osFile) Sync() error {
+	if err := o.whole("sync"); err != nil {
+		return err
+	}
 	return pathErr("sync", o.name, o.control(unix.Fdatasync))
 }
 

@@ -118,7 +118,11 @@ func (o *osFile) CopyRange(src File, srcOff, off, n int64) (int64, error) {
 	if s.dev == o.dev && s.ino == o.ino && overlap(srcOff, off, n) {
 		return 0, pathErr("copy", o.name, fmt.Errorf("ranges overlap (%w)", unix.EINVAL))
 	}
+	if err := o.whole("copy"); err != nil {
+		return 0, err
+	}
 	var done int64
+	defer func() { o.reached(off, done) }()
 	for done < n {
 		c, err := o.copyFileRange(s, srcOff+done, off+done, min(n-done, 1<<30))
 		switch {

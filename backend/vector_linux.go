@@ -61,7 +61,12 @@ func (o *osFile) WritevAt(bufs [][]byte, off int64) (int, error) {
 	case len(bufs) == 1:
 		return o.WriteAt(bufs[0], off)
 	}
-	return o.vectored(bufs, off, true)
+	if err := o.whole("write"); err != nil {
+		return 0, err
+	}
+	n, err := o.vectored(bufs, off, true)
+	o.reached(off, int64(n))
+	return n, err
 }
 
 // vectored runs calls of at most iovMax buffers until everything is done.

@@ -1,0 +1,81 @@
+package backend
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrShrunk reports that another program has cut off the end of a file that is
+// open for writing.
+var ErrShrunk = errors.New("another program has made the file shorter")
+
+// A write behind the end makes a file longer, with a hole before it. Where the
+// end is there because somebody has cut the file off, that write would look
+// like a success and what was cut off would read as zeros. So a file that is
+// written to remembers a length that it must have: it had it when it was
+// opened, or has reached it by our own changes. A write, a copy or a sync that
+// finds it shorter fails, and so do all after it. This costs a fstat(2) for
+// each. Between that and the write the file may still be cut off: what guards
+// images against other programs are the locks, this is for those that do not
+// ask.
+
+// length guards a regular file.
+type length struct {
+	mu    sync.Mutex
+	least int64 // the file is at least this long
+	cut   bool
+}
+
+// stat is one fstat. It is pooled together with its closure, so that a write
+// does not allocate.
+type stat struct {
+	st   unix.Stat_t
+	err  error
+	call func(fd uintptr)
+}
+
+var stats = sync.Pool{New: func() any {
+	s := &stat{}
+	s.call = func(fd uintptr) {
+		for {
+			if s.err = unix.Fstat(int(fd), &s.st); s.err != unix.EINTR {
+				return
+			}
+		}
+	}
+	return s
+}}
+
+// guarded tells whether the file's length is watched.
+func (o *osFile) guarded() bool { return !o.block && o.direct == nil }
+
+// whole fails when the file is shorter than it must be.
+func (o *osFile) whole(op string) error {
+	if !o.guarded() {
+		return nil
+	}
+	o.length.mu.Lock()
+	defer o.length.mu.Unlock()
+	s := stats.Get().(*stat)
+	defer stats.Put(s)
+	if err := o.raw.Control(s.call); err != nil || s.err != nil {
+		return nil // the operation itself will tell
+	}
+	if o.length.cut || s.st.Size < o.length.least {
+		o.length.cut = true
+		return pathErr(op, o.name, fmt.Errorf("%w: %d bytes are left of %d (%w)", ErrShrunk, s.st.Size, o.length.least, unix.EIO))
+	}
+	return nil
+}
+
+// reached notes that n bytes were written at off.
+func (o *osFile) reached(off, n int64) {
+	if n > 0 && o.guarded() {
+		o.length.mu.Lock()
+		defer o.length.mu.Unlock()
+		o.length.least = max(o.length.least, off+n)
+	}
+}
