@@ -147,6 +147,9 @@ func (j *job) estimate() error {
 	j.r.Ideal, j.r.Move = ideal, after.behind(ideal)
 	j.r.Extra = min(j.r.Move, j.o.MaxExtra)
 	tail := max(0, j.r.Before.Apparent-ideal-leaks-(now.units()-after.units())*now.unit)
+	if fixedPlaces(l) {
+		j.r.Ideal, j.r.Move, j.r.Extra, tail = j.r.Before.Apparent, 0, 0, 0
+	}
 	j.steps(leaks, tail, blocked)
 	return nil
 }
@@ -188,6 +191,10 @@ func (j *job) run() error {
 // tail pulls the end of the file into the holes.
 func (j *job) tail() error {
 	l := j.t.reloc
+	if fixedPlaces(l) {
+		j.r.Ideal = j.r.Before.Apparent
+		return nil
+	}
 	// One half of the extra space is for copies; the other for what the
 	// filesystem has not given back yet.
 	batch := max(j.o.MaxExtra/2, l.HostUnit())
@@ -287,8 +294,17 @@ func (j *job) abandon() error {
 	return j.t.record.remove()
 }
 
+// fixedPlaces reports whether nothing can move in a layer's file (raw).
+func fixedPlaces(l layers.HostSpace) bool {
+	f, ok := l.(interface{ FixedPlaces() bool })
+	return ok && f.FixedPlaces()
+}
+
 // begin reports whether the image lets itself be relocated.
 func (j *job) begin() (bool, error) {
+	if r, ok := j.t.reloc.(interface{ ResumeRelocation() }); ok && j.t.pending {
+		r.ResumeRelocation() // the mark of an image in use is ours
+	}
 	err := j.t.reloc.BeginRelocation(j.ctx, func(done, total int64) { j.report(PhaseCheck, done, total) })
 	return err == nil, err
 }

@@ -21,20 +21,37 @@ type usage struct {
 func takeUsage(ctx context.Context, l layers.HostSpace, granule int64, drop *roaring64.Bitmap) (*usage, error) {
 	u := &usage{unit: l.HostUnit(), used: roaring64.New()}
 	var from, to uint64 // a run not entered yet
+	enter := func(off, n int64) {
+		a, b := uint64(off/u.unit), uint64((off+n-1)/u.unit)+1
+		if a == to {
+			to = b
+			return
+		}
+		u.used.AddRange(from, to)
+		from, to = a, b
+	}
 	err := l.WalkHost(ctx, func(h layers.HostRange) error {
 		if h.Len <= 0 || h.Off < 0 || h.Off > math.MaxInt64-h.Len {
 			return nil
 		}
-		if drop != nil && h.Guest >= 0 && drop.Contains(uint64(h.Guest/granule)) {
+		if drop == nil || h.Guest < 0 {
+			enter(h.Off, h.Len)
 			return nil
 		}
-		a, b := uint64(h.Off/u.unit), uint64((h.Off+h.Len-1)/u.unit)+1
-		if a == to {
-			to = b
+		if h.Role != layers.RoleData {
+			if !drop.Contains(uint64(h.Guest / granule)) {
+				enter(h.Off, h.Len)
+			}
 			return nil
 		}
-		u.used.AddRange(from, to)
-		from, to = a, b
+		// Neighbours may come in one piece.
+		for h.Len > 0 {
+			n := min(granule-h.Guest%granule, h.Len)
+			if !drop.Contains(uint64(h.Guest / granule)) {
+				enter(h.Off, n)
+			}
+			h.Off, h.Guest, h.Len = h.Off+n, h.Guest+n, h.Len-n
+		}
 		return nil
 	})
 	u.used.AddRange(from, to)

@@ -15,6 +15,9 @@ import (
 
 var _ layers.Relocator = (*Image)(nil)
 
+// FixedPlaces tells that nothing moves.
+func (i *Image) FixedPlaces() bool { return true }
+
 // HostUnit is 4096, as Granule.
 func (i *Image) HostUnit() int64 { return granule }
 
