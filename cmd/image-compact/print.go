@@ -1,0 +1,132 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/imagestack/imagestack/rewrite"
+)
+
+// phaseNames are the parts of a run for people.
+var phaseNames = map[rewrite.Phase]string{
+	rewrite.PhaseCheck: "references",
+	rewrite.PhaseGuest: "free in the guest",
+	rewrite.PhaseZeros: "zeros",
+	rewrite.PhaseDedup: "same as below",
+	rewrite.PhaseLeaks: "leaks",
+	rewrite.PhaseTail:  "tail",
+}
+
+// print writes the text form.
+func (d *document) print(w io.Writer, verbose bool) error {
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(t, name+":\t"+format+"\n", args...) }
+	name := d.Image
+	if d.To != "" {
+		name = d.To
+	}
+	row("image", "%s (%s, layer %d)", printable(name), d.Format, d.Layer)
+	row("virtual size", "%s", size(d.VirtualSize))
+	if d.Resumed {
+		row("resumed", "an interrupted run")
+	}
+	d.sizes(row)
+	if d.Action != actAbandon {
+		d.steps(t)
+		row("smallest possible", "%s", size(d.Ideal))
+		moved := "to be moved"
+		if d.Action != actEstimate {
+			moved = "moved"
+		}
+		row(moved, "%s", size(d.Move))
+		if d.Action == actEstimate {
+			row("extra space needed", "%s", size(d.Extra))
+		}
+	}
+	d.areas(t, verbose)
+	for _, n := range d.Notes {
+		row("note", "%s", printable(n))
+	}
+	if !d.Complete {
+		row("incomplete", "%s", "the run was interrupted or failed; the image is consistent")
+	}
+	return t.Flush()
+}
+
+// sizes shows both sizes that people look at.
+func (d *document) sizes(row func(name, format string, args ...any)) {
+	if d.After == nil {
+		row("now", "%s long, %s allocated", size(d.Before.Apparent), size(d.Before.Allocated))
+		return
+	}
+	row("before", "%s long, %s allocated", size(d.Before.Apparent), size(d.Before.Allocated))
+	row("after", "%s long, %s allocated", size(d.After.Apparent), size(d.After.Allocated))
+}
+
+func (d *document) steps(w io.Writer) {
+	head := "reclaimable"
+	if d.Action != actEstimate {
+		head = "reclaimed"
+	}
+	fmt.Fprintf(w, "%s:\t%s\n", head, size(d.Reclaim))
+	for _, s := range d.Steps {
+		text := size(s.Bytes)
+		if s.Skipped != "" {
+			text = "not done: " + printable(s.Skipped)
+		} else if s.Guest > 0 && s.Guest != s.Bytes {
+			text += fmt.Sprintf(", %s of the disk", humanize.IBytes(uint64(s.Guest)))
+		}
+		fmt.Fprintf(w, "  %s:\t%s\n", phaseNames[s.Name], text)
+	}
+}
+
+// areas shows what was found on the disk, and why what was not judged.
+func (d *document) areas(w io.Writer, verbose bool) {
+	if len(d.Guest) == 0 {
+		return
+	}
+	fmt.Fprintf(w, "on the disk:\t\n")
+	for _, a := range d.Guest {
+		kind := a.Type
+		if kind == "" {
+			kind = "unknown"
+		}
+		text := fmt.Sprintf("%s, %s free of %s", kind, humanize.IBytes(uint64(a.Free)), humanize.IBytes(uint64(a.Length)))
+		if !a.Judged {
+			text = fmt.Sprintf("%s, not judged: %s (%s)", kind, printable(a.Reason), a.Code)
+		} else if a.Replayed > 0 {
+			text += ", read through its journal"
+			if verbose {
+				text += fmt.Sprintf(" (%d blocks)", a.Replayed)
+			}
+		}
+		fmt.Fprintf(w, "  %s:\t%s\n", printable(a.Name), text)
+	}
+}
+
+// size is a number of bytes for people and for scripts.
+func size(n int64) string {
+	if n < 0 { // a file that became larger
+		return "-" + size(-n)
+	}
+	if n < 1024 {
+		return fmt.Sprintf("%d bytes", n)
+	}
+	return fmt.Sprintf("%s (%d bytes)", humanize.IBytes(uint64(n)), n)
+}
+
+// printable makes text from an image harmless for a terminal.
+func printable(s string) string {
+	q := fmt.Sprintf("%q", s)
+	if q[1:len(q)-1] == s {
+		return s
+	}
+	return q
+}
+
+// escapeQuotes makes a name fit into single quotes of a shell.
+func escapeQuotes(s string) string { return strings.ReplaceAll(s, "'", `'\''`) }

@@ -1,0 +1,204 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+
+	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/internal/sandbox"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
+	"github.com/imagestack/imagestack/rewrite"
+)
+
+// run is one call of the tool.
+type run struct {
+	*flags
+	stdout, stderr io.Writer
+	progress       *cli.Progress
+}
+
+// action is what a run does; a value of the JSON document.
+type action string
+
+const (
+	actEstimate action = "estimate"
+	actCompact  action = "compact"
+	actResume   action = "resume"
+	actAbandon  action = "abandon"
+)
+
+func (r *run) action() action {
+	switch {
+	case r.No:
+		return actEstimate
+	case r.Resume:
+		return actResume
+	case r.Abandon:
+		return actAbandon
+	}
+	return actCompact
+}
+
+func (r *run) do(ctx context.Context) error {
+	if err := r.check(); err != nil {
+		return cli.Usage(err)
+	}
+	var err error
+	if r.progress, err = r.Start(r.stderr); err != nil {
+		return err
+	}
+	defer r.progress.Clear()
+	if err := r.confine(); err != nil {
+		return err
+	}
+	act := r.action()
+	var report *rewrite.Report
+	switch {
+	case r.To != "" && !r.No:
+		report, err = r.copyTo(ctx)
+	case act == actEstimate:
+		report, err = rewrite.Estimate(ctx, r.Image, r.options())
+	case act == actResume:
+		report, err = rewrite.Resume(ctx, r.Image, r.options())
+	case act == actAbandon:
+		report, err = rewrite.Abandon(ctx, r.Image, r.options())
+	default:
+		report, err = rewrite.Compact(ctx, r.Image, r.options())
+	}
+	r.progress.Clear()
+	if err != nil {
+		err = r.explain(ctx, err)
+	}
+	if report == nil {
+		return err
+	}
+	d := newDocument(act, report, err)
+	d.To = r.To
+	if r.JSON {
+		return errors.Join(err, cli.PrintJSON(r.stdout, d))
+	}
+	return errors.Join(err, d.print(r.stdout, r.Verbose))
+}
+
+// check refuses flags that contradict each other.
+func (r *run) check() error {
+	modes := 0
+	for _, set := range []bool{r.No, r.Resume, r.Abandon} {
+		if set {
+			modes++
+		}
+	}
+	switch {
+	case modes > 1:
+		return errors.New("-n, --resume and --abandon exclude each other")
+	case r.To != "" && (r.Resume || r.Abandon):
+		return errors.New("--to makes a new file, of which nothing is left when it is interrupted: there is nothing to resume or abandon")
+	case (r.Resume || r.Abandon) && (r.Gaps || r.Swap || r.DedupParent || r.Guest != "auto"):
+		return errors.New("--resume and --abandon go by what the interrupted run was told; --guest, --gaps, --swap and --dedup-parent are of no use")
+	case r.Guest == "off" && (r.Gaps || r.Swap):
+		return errors.New("--gaps and --swap are of no use with --guest off")
+	case r.Layer < 0 || r.Layer >= layers.MaxDepth:
+		return fmt.Errorf("--layer %d: layers count from 0, the top one, to %d", r.Layer, layers.MaxDepth-1)
+	case r.MaxExtra <= 0:
+		return errors.New("--max-extra must not be zero")
+	}
+	return nil
+}
+
+// openOptions say how the image is opened.
+func (r *run) openOptions() open.Options {
+	return open.Options{
+		Format: r.Format, BackingFormat: r.BackingFormat, AllowPaths: r.AllowPath, CacheSize: int64(r.CacheSize),
+	}
+}
+
+// options are what the flags say.
+func (r *run) options() rewrite.Options {
+	return rewrite.Options{
+		Open: r.openOptions(), Layer: r.Layer,
+		Guest: r.Guest != "off", Gaps: r.Gaps, Swap: r.Swap, DedupParent: r.DedupParent,
+		MaxExtra: int64(r.MaxExtra), RateLimit: int64(r.RateLimit),
+		Progress: func(p rewrite.Progress) { r.progress.UpdateBytes(phaseNames[p.Phase], p.Done, p.Total) },
+	}
+}
+
+// confine gives up, before the image is looked at, all that the work does not
+// need.
+func (r *run) confine() error {
+	defer sandbox.Attack("parse") // of test builds
+	if r.Sandbox == sandbox.Off {
+		return nil
+	}
+	o := r.openOptions()
+	o.Writable = !r.No && r.To == ""
+	access, err := open.AccessTo(r.Image, o)
+	if err != nil {
+		return err
+	}
+	p := sandbox.Policy{Mode: r.Sandbox, List: access.List, Read: access.Read, Write: access.Write}
+	if o.Writable {
+		// The record beside the image is made and removed.
+		if p.Change, err = directories(access.Write); err != nil {
+			return err
+		}
+	}
+	if r.To != "" && !r.No {
+		dir, err := realDir(r.To)
+		if err != nil {
+			return err
+		}
+		p.Change = append(p.Change, dir)
+	}
+	warnings, err := sandbox.Confine(p)
+	for _, w := range warnings {
+		fmt.Fprintln(r.stderr, toolName+":", w)
+	}
+	if err != nil {
+		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
+	}
+	return nil
+}
+
+// explain adds to an error what to do next.
+func (r *run) explain(ctx context.Context, err error) error {
+	image := quoted(r.Image)
+	switch {
+	case context.Cause(ctx) != nil:
+		// The cause has the exit code of the signal.
+		err = errors.Join(context.Cause(ctx))
+		if r.To != "" || r.No {
+			return cli.WithHint(err, "nothing was changed")
+		}
+		return cli.WithHint(err, "stopped at a consistent point, the image can be used; go on with: image-compact --resume %s, or give up: image-compact --abandon %s", image, image)
+	case errors.Is(err, rewrite.ErrPending):
+		return cli.WithHint(err, "go on with: image-compact --resume %s, or give it up: image-compact --abandon %s", image, image)
+	case errors.Is(err, rewrite.ErrNotPending):
+		return cli.WithHint(err, "begin with: image-compact %s", image)
+	case errors.Is(err, rewrite.ErrBase):
+		return cli.WithHint(err, "compact the images that stand on it, each by itself; a copy can be made with --to")
+	}
+	return err
+}
+
+// quoted is a name as a shell takes it.
+func quoted(name string) string {
+	for _, c := range name {
+		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '/' || c == '.' || c == '-' || c == '_' || c == '+' || c == ':' || c == ',') {
+			return "'" + escapeQuotes(name) + "'"
+		}
+	}
+	return name
+}
+
+// realDir is the directory in which the file of that name lies, or will.
+func realDir(name string) (string, error) {
+	dir, err := filepath.EvalSymlinks(filepath.Dir(name))
+	if err != nil {
+		return "", err
+	}
+	return filepath.Abs(dir)
+}
