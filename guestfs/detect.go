@@ -8,6 +8,7 @@ import (
 	"github.com/imagestack/imagestack/guestfs/ext4"
 	"github.com/imagestack/imagestack/guestfs/fat"
 	"github.com/imagestack/imagestack/guestfs/freespace"
+	"github.com/imagestack/imagestack/guestfs/lvm"
 	"github.com/imagestack/imagestack/guestfs/ntfs"
 	"github.com/imagestack/imagestack/guestfs/swap"
 	"github.com/imagestack/imagestack/guestfs/xfs"
@@ -32,7 +33,7 @@ var formats = []format{
 	{"btrfs", btrfs.Detect, btrfs.Free},
 	{"swap", swap.Detect, swap.Free},
 	{"hibernation", swap.DetectSuspended, nil},
-	{"lvm2", detectLVM, nil},
+	{"lvm2", lvm.Detect, nil}, // judged by judge.lvm
 	{"ntfs", ntfs.Detect, ntfs.Free},
 	{"exfat", magic(3, "EXFAT   "), nil},
 	{"fat", fat.Detect, fat.Free},
@@ -57,17 +58,6 @@ var formats = []format{
 
 func magic(at int, m string) func([]byte) bool {
 	return func(head []byte) bool { return len(head) >= at+len(m) && string(head[at:at+len(m)]) == m }
-}
-
-// detectLVM looks for the label of a physical volume in the first four
-// sectors.
-func detectLVM(head []byte) bool {
-	for at := 0; at < 4*512; at += 512 {
-		if len(head) >= at+32 && string(head[at:at+8]) == "LABELONE" && string(head[at+24:at+32]) == "LVM2 001" {
-			return true
-		}
-	}
-	return false
 }
 
 // signatures are all the kinds of content that an area of size bytes shows.

@@ -167,6 +167,8 @@ func (j *judge) area(a Area, r io.ReaderAt, at place) error {
 	f := found[0]
 	a.Type = f.name
 	switch {
+	case f.name == "lvm2":
+		return j.lvm(a, r, at)
 	case f.read == nil:
 		return j.refuse(a, freespace.Refuse(freespace.NotJudged, "%s is not judged", f.name))
 	case f.name == "swap" && !j.o.Swap:

@@ -1,0 +1,47 @@
+package guesttest
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/imagestack/imagestack/internal/imgtest"
+)
+
+// VG is a volume group on one physical volume, which fills an image.
+type VG struct {
+	t   testing.TB
+	dev string
+}
+
+// NewVG makes a volume group named vg in an image, with extents of 1 MiB.
+func NewVG(t testing.TB, path string) *VG {
+	t.Helper()
+	imgtest.RequireLoop(t)
+	imgtest.Require(t, "lvm")
+	v := &VG{t, strings.TrimSpace(string(imgtest.Run(t, "losetup", "-f", "--show", path)))}
+	t.Cleanup(v.Close)
+	v.Run("pvcreate", "-q", v.dev)
+	v.Run("vgcreate", "-q", "-s", "1M", "vg", v.dev)
+	return v
+}
+
+// Run runs a command of LVM2, which sees this physical volume alone and never
+// asks the kernel for anything: what is made cannot be activated.
+func (v *VG) Run(command string, args ...string) string {
+	v.t.Helper()
+	return string(imgtest.Run(v.t, "lvm", append([]string{command, "--driverloaded", "n", "--devices", v.dev}, args...)...))
+}
+
+// Create makes a logical volume.
+func (v *VG) Create(name string, args ...string) {
+	v.t.Helper()
+	v.Run("lvcreate", append([]string{"-q", "-an", "-Zn", "-Wn", "-n", name}, append(args, "vg")...)...)
+}
+
+// Close lets go of the image.
+func (v *VG) Close() {
+	if v.dev != "" {
+		imgtest.Run(v.t, "losetup", "-d", v.dev)
+		v.dev = ""
+	}
+}
