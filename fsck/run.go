@@ -311,7 +311,7 @@ func (r *runner) newFiles(s *Stack, res *ImageResult, i int, group []int, checke
 			todo = append(todo, j)
 			continue
 		}
-		if checked[k] || !f.Own && r.ownElsewhere(k, i, group) {
+		if checked[k] || res.has(f.Path) || !f.Own && r.ownElsewhere(k, i, group) {
 			continue
 		}
 		checked[k] = true
@@ -319,6 +319,17 @@ func (r *runner) newFiles(s *Stack, res *ImageResult, i int, group []int, checke
 		res.Files = append(res.Files, FileResult{StackFile: f})
 	}
 	return todo
+}
+
+// has reports whether the file, which may have been replaced since, is in the
+// result.
+func (r *ImageResult) has(path string) bool {
+	for j := range r.Files {
+		if filepath.Clean(r.Files[j].Path) == filepath.Clean(path) {
+			return true
+		}
+	}
+	return false
 }
 
 // otherFormat is the place of a file that was checked as another format before

@@ -242,10 +242,14 @@ func (d *descriptor) checkFiles() {
 				fmt.Sprintf("a temporary snapshot; if no backup is running: ploop snapshot-delete -u %s %s", s.guid, d.command()))
 		}
 	}
+	missing := false
+	for _, i := range d.images {
+		missing = missing || i.missing || i.facts == nil
+	}
 	for _, name := range d.orphans() {
 		x := d.heads[name]
 		text := fmt.Sprintf("an image of %d bytes that the descriptor does not name; look at it with image-stack info --format ploop", x.length)
-		if x.empty {
+		if x.empty && !missing {
 			text = "an image that the descriptor does not name; it holds no data, and can be removed"
 		}
 		f := d.place(codeBundleOrphan, "", nil, text)
