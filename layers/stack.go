@@ -68,10 +68,15 @@ func NewStack(pile []Layer, o StackOptions) (*Stack, error) {
 		if len(maps) > 1 {
 			s.spans = newSpans(blockmap.NewOverlay(maps[1:]...), 1, cache)
 		}
+		s.below = lower{s}
 	} else {
 		s.spans = newSpans(s.pile, 0, cache)
+		under := &Stack{layers: pile, size: s.size, packed: s.packed}
+		if len(maps) > 1 {
+			under.spans = newSpans(blockmap.NewOverlay(maps[1:]...), 1, cache)
+		}
+		s.below = lower{under}
 	}
-	s.below = lower{s}
 	if f, ok := pile[0].(Flat); ok && f.Flat() {
 		s.flat = pile[0].Data()
 	}

@@ -353,3 +353,32 @@ func BenchmarkStackRead4K(b *testing.B) {
 		})
 	}
 }
+
+// TestBelowLeavesTheTopOut, also when nothing is written.
+func TestBelowLeavesTheTopOut(t *testing.T) {
+	ctx := context.Background()
+	r := rand.New(rand.NewPCG(5, 5))
+	top, base := newFake(64<<10, 4096, r, blockmap.Data), newFake(64<<10, 4096, r, blockmap.Data, blockmap.Zero)
+	for _, pile := range [][]layers.Layer{{top}, {top, base}} {
+		s, err := layers.NewStack(pile, layers.StackOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		got, want := make([]byte, 64<<10), make([]byte, 64<<10)
+		if len(pile) > 1 {
+			alone, err := layers.NewStack(pile[1:], layers.StackOptions{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := alone.ReadAt(ctx, want, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := s.Below().ReadAt(ctx, got, 0); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%d layers: what lies below the top: %v, or other bytes", len(pile), err)
+		}
+		if zero, err := s.Below().IsZero(ctx, 0, 64<<10); err != nil || zero != (len(pile) == 1) {
+			t.Errorf("%d layers: zero below the top: %v, %v", len(pile), zero, err)
+		}
+	}
+}
