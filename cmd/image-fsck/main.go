@@ -19,6 +19,7 @@ import (
 type flags struct {
 	cli.Common
 	cli.ProgressFlag
+	scavengeFlags
 	No            bool     `short:"n" help:"Change nothing; every file is opened for reading only."`
 	Preen         bool     `short:"p" help:"Make only the repairs that lose nothing."`
 	Auto          bool     `short:"a" help:"The same as -p, as fsck(8) says it."`
@@ -29,6 +30,7 @@ type flags struct {
 	Guest         bool     `help:"Check the filesystems in IMAGE with their own checkers, through a layer that is thrown away; with -y repair them into a new top layer."`
 	Dump          string   `placeholder:"FILE" help:"Write all metadata of IMAGE to a file, for --restore."`
 	DumpJSON      bool     `name:"dump-json" help:"Print where the metadata and the data of IMAGE lie, as JSON."`
+	ForceShare    bool     `short:"U" help:"With --dump, --dump-json: read an image that another program is writing to. The dump is what a power cut would leave now."`
 	Restore       string   `placeholder:"FILE" help:"Put back the metadata of a damaged IMAGE from a dump that fits; shows what it would do without -y."`
 	JSON          bool     `help:"Print one JSON document on stdout."`
 	ProgressFD    *int     `short:"C" name:"progress-fd" placeholder:"FD" help:"Write progress to this descriptor as e2fsck does; 0 is a bar on stderr."`
@@ -60,7 +62,11 @@ func tool(stdin *os.File, stdout, stderr io.Writer) cli.Tool {
 		Flags:       f,
 		Codes:       exitCode,
 		Run: func(ctx context.Context, _ *kong.Context) error {
-			return (&run{flags: f, stdin: stdin, stdout: stdout, stderr: stderr}).do(ctx)
+			r := &run{flags: f, stdin: stdin, stdout: stdout, stderr: stderr}
+			if f.scavenging() {
+				return r.scavenge(ctx)
+			}
+			return r.do(ctx)
 		},
 	}
 }

@@ -1,0 +1,111 @@
+package scavenge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+
+	"github.com/imagestack/imagestack/backend"
+)
+
+// ErrMemory says that the bound of memory is too small for the image.
+var ErrMemory = errors.New("the memory bound is too small")
+
+const (
+	window    = 2 << 20  // what a pass reads at once; a whole number of qcow2 clusters
+	lookahead = 64 << 10 // the largest structure that is looked at
+	sector    = 512
+)
+
+// source is the damaged file.
+type source struct {
+	f    backend.File
+	size int64
+	// left is the memory that may still be used, in bytes.
+	left     int64
+	progress func(pass string, done, total int64)
+	// bad counts bytes that could not be read.
+	bad int64
+}
+
+// take accounts for n bytes of memory.
+func (s *source) take(n int64, what string) error {
+	if n > s.left {
+		return fmt.Errorf("%w for %s: %d more bytes are needed (see --memory)", ErrMemory, what, n-s.left)
+	}
+	s.left -= n
+	return nil
+}
+
+// read fills p from off; what lies behind the end of the file is zero, and ok
+// is false when something could not be read.
+func (s *source) read(p []byte, off int64) (ok bool) {
+	n, err := s.f.ReadAt(p, off)
+	clear(p[max(n, 0):])
+	return err == nil || errors.Is(err, io.EOF)
+}
+
+// each calls visit for every window of the file that holds data. b reaches up
+// to lookahead bytes behind the n bytes of the window itself.
+func (s *source) each(ctx context.Context, pass string, visit func(b []byte, n int, off int64) error) error {
+	buf := make([]byte, window+lookahead)
+	for off := int64(0); off < s.size; {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		data, err := s.f.SeekData(off)
+		switch {
+		case errors.Is(err, io.EOF):
+			data = s.size
+		case err != nil:
+			data = off // cannot tell
+		}
+		if off = max(off, data&^(window-1)); off >= s.size {
+			break
+		}
+		n := min(window, s.size-off)
+		b := buf[:min(window+lookahead, s.size-off)]
+		if !s.read(b, off) {
+			s.readPieces(b[:n], off)
+			b = b[:n]
+		}
+		if err := visit(b, int(n), off); err != nil {
+			return err
+		}
+		off += n
+		if s.progress != nil {
+			s.progress(pass, off, s.size)
+		}
+	}
+	if s.progress != nil {
+		s.progress(pass, s.size, s.size)
+	}
+	return nil
+}
+
+// readPieces reads what can be read of a window that cannot be read whole.
+func (s *source) readPieces(b []byte, off int64) {
+	for at := 0; at < len(b); at += 4096 {
+		p := b[at:min(at+4096, len(b))]
+		if !s.read(p, off+int64(at)) {
+			clear(p)
+			s.bad += int64(len(p))
+		}
+	}
+}
+
+func isZero(b []byte) bool {
+	for len(b) >= 8 {
+		if b[0]|b[1]|b[2]|b[3]|b[4]|b[5]|b[6]|b[7] != 0 {
+			return false
+		}
+		b = b[8:]
+	}
+	for _, c := range b {
+		if c != 0 {
+			return false
+		}
+	}
+	return true
+}
