@@ -224,7 +224,7 @@ func (v *volume) open(r *record, kind uint32) (*file, error) {
 		return nil, damaged("file record %d has no usable attribute %#x", r.number, kind)
 	}
 	last := a.runs[len(a.runs)-1]
-	if a.size > (last.vcn+last.n)*v.cluster {
+	if uint64(last.vcn+last.n) > v.clusters || a.size > (last.vcn+last.n)*v.cluster {
 		return nil, damaged("file record %d: %d bytes in %d clusters", r.number, a.size, last.vcn+last.n)
 	}
 	for _, p := range a.runs {

@@ -100,7 +100,7 @@ func (v *volume) checkLog() error {
 	return nil
 }
 
-func blank(b []byte, with byte) bool { return len(bytes.Trim(b, string([]byte{with}))) == 0 }
+func blank(b []byte, with byte) bool { return bytes.Count(b, []byte{with}) == len(b) }
 
 // marks looks bits of $Bitmap up through a window of pages.
 type marks struct {

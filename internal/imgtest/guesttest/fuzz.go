@@ -1,0 +1,63 @@
+package guesttest
+
+import (
+	"bytes"
+	"encoding/binary"
+	"slices"
+	"testing"
+
+	"github.com/imagestack/imagestack/guestfs/freespace"
+)
+
+// Edits is a fuzz target that changes bytes of an image where a reader looks
+// at it. The image is too large to be an input itself: an input is a list of
+// edits of 5 bytes, a place among those that are looked at and what to add
+// there. block is the part of the image with a checksum of its own around a
+// place, and fix makes that right again; both may be nil.
+//
+// The reader must neither panic nor call anything free that is outside.
+func Edits(f *testing.F, image []byte, read freespace.Reader, block func(at int64) (off, n int64), fix func(block []byte)) {
+	size := int64(len(image))
+	tr := &Traced{R: bytes.NewReader(image)}
+	if _, _, err := JudgeAt(tr, size, read); err != nil {
+		f.Fatal(err)
+	}
+	seen := slices.Collect(tr.Seen.Ranges())
+	total := tr.Seen.Len()
+	f.Add([]byte{0, 0, 0, 0, 1})
+	f.Add([]byte{0, 0, 1, 0, 0x80, 0, 1, 0, 0, 0xff, 200, 7, 0, 0, 4})
+	f.Fuzz(func(t *testing.T, edits []byte) {
+		type saved struct {
+			off int64
+			b   []byte
+		}
+		var undo []saved
+		for ; len(edits) >= 5 && len(undo) < 16; edits = edits[5:] {
+			k := int64(binary.LittleEndian.Uint32(edits)) % total
+			i := 0
+			for k >= seen[i].Len {
+				k -= seen[i].Len
+				i++
+			}
+			at := seen[i].Off + k
+			off, n := at, int64(1)
+			if block != nil {
+				off, n = block(at)
+			}
+			undo = append(undo, saved{off, bytes.Clone(image[off : off+n])})
+			image[at] += edits[4]
+			if fix != nil {
+				fix(image[off : off+n])
+			}
+		}
+		got, _, err := JudgeAt(bytes.NewReader(image), size, read)
+		for r := range got.Ranges() {
+			if err == nil && (r.Off < 0 || r.End() > size) {
+				t.Errorf("free outside: %v", r)
+			}
+		}
+		for _, u := range slices.Backward(undo) {
+			copy(image[u.off:], u.b)
+		}
+	})
+}
