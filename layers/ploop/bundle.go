@@ -1,9 +1,11 @@
 package ploop
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -74,23 +76,30 @@ func syncDir(dir string) error {
 }
 
 // CreateBundle makes a bundle of one empty image in the existing directory
-// dir, which must not have one yet.
+// dir, which must not have one yet. After an error nothing is left of it. What
+// a creation that was cut short by a power cut or a kill has left, an image
+// without data and without a descriptor, is used; any other root.hds is
+// os.ErrExist.
 func CreateBundle(ctx context.Context, dir string, o CreateOptions) (err error) {
-	name := filepath.Join(dir, DescriptorName)
-	if _, err := os.Lstat(name); !errors.Is(err, os.ErrNotExist) {
-		return errors.Join(fmt.Errorf("%s: %w", name, os.ErrExist), err)
-	}
+	name, root := filepath.Join(dir, DescriptorName), filepath.Join(dir, RootName)
 	o = o.defaults()
 	d, err := NewDescriptor(o.Size, o.ClusterSize, RootName)
 	if err != nil {
 		return err
 	}
-	root := filepath.Join(dir, RootName)
-	f, err := backend.Open(root, backend.Options{Writable: true, Create: true, Exclusive: true})
+	if err := absent(name); err != nil {
+		return err
+	}
+	f, err := openRoot(root)
 	if err != nil {
 		return err
 	}
-	err = errors.Join(Create(ctx, f, o), f.Close())
+	// The lock that f holds keeps another creation out until this is done.
+	defer func() { err = errors.Join(err, f.Close()) }()
+	if err := absent(name); err != nil {
+		return err
+	}
+	err = Create(ctx, f, o)
 	if err == nil {
 		// The image's name is durable before that of what names it.
 		err = syncDir(dir)
@@ -98,11 +107,89 @@ func CreateBundle(ctx context.Context, dir string, o CreateOptions) (err error) 
 	if err == nil {
 		err = d.Store(name)
 	}
-	if err != nil {
-		return errors.Join(err, os.Remove(root))
+	if err == nil {
+		return nil
+	}
+	// The descriptor may be there, when its directory could not be synced.
+	if rerr := os.Remove(name); !errors.Is(rerr, os.ErrNotExist) {
+		err = errors.Join(err, rerr)
+	}
+	return errors.Join(err, os.Remove(root))
+}
+
+// absent is os.ErrExist for a name that is there.
+func absent(name string) error {
+	if _, err := os.Lstat(name); !errors.Is(err, os.ErrNotExist) {
+		return errors.Join(fmt.Errorf("%s: %w", name, os.ErrExist), err)
 	}
 	return nil
 }
+
+// openRoot makes the file of a new image, or takes one that holds nothing, and
+// locks it.
+func openRoot(root string) (_ backend.File, err error) {
+	st, err := os.Lstat(root)
+	found := err == nil
+	if found && !st.Mode().IsRegular() {
+		return nil, fmt.Errorf("%s: %w", root, os.ErrExist)
+	}
+	f, err := backend.Open(root, backend.Options{Writable: true, Create: true, Exclusive: !found})
+	if err != nil {
+		return nil, err
+	}
+	if l := backend.LockerOf(f); l != nil {
+		if err := l.Lock(backend.WriterUse, backend.WriterUnshare); err != nil && !errors.Is(err, errors.ErrUnsupported) {
+			return nil, errors.Join(err, f.Close())
+		}
+	}
+	if found {
+		blank, err := isBlank(f)
+		if err == nil && !blank {
+			err = fmt.Errorf("%s: %w, without a %s", root, os.ErrExist, DescriptorName)
+		}
+		if err != nil {
+			return nil, errors.Join(err, f.Close())
+		}
+	}
+	return f, nil
+}
+
+// isBlank tells whether a file is what Create can have left on its way: zeros,
+// but for the header of an image.
+func isBlank(f backend.File) (bool, error) {
+	size, err := f.Size()
+	if err != nil {
+		return false, err
+	}
+	head := make([]byte, headerSize)
+	n, err := f.ReadAt(head, 0)
+	if err != nil && !errors.Is(err, io.EOF) {
+		return false, err
+	}
+	if head = head[:n]; !zeros(head) && !Probe(head) {
+		return false, nil
+	}
+	for at := int64(headerSize); at < size; {
+		data, err := f.SeekData(at)
+		if errors.Is(err, io.EOF) {
+			return true, nil
+		}
+		if err != nil {
+			return false, err
+		}
+		p := make([]byte, min(size-data, 64<<10))
+		if _, err := f.ReadAt(p, data); err != nil {
+			return false, err
+		}
+		if !zeros(p) {
+			return false, nil
+		}
+		at = data + int64(len(p))
+	}
+	return true, nil
+}
+
+func zeros(p []byte) bool { return len(bytes.TrimLeft(p, "\x00")) == 0 }
 
 // CreateOptions say what Create makes.
 type CreateOptions struct {

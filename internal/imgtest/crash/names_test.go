@@ -25,29 +25,23 @@ const bundleSize = 512<<10 - 512
 // namesTable is every operation that makes or replaces files by name. A new
 // one is one line.
 func namesTable() []crash.NamesOp {
-	return []crash.NamesOp{
+	return append(fsckNames(), []crash.NamesOp{
 		{Name: "ploop/bundle is made", Setup: func(string) error { return nil }, Run: createBundle, Judge: bundleOrNone},
 		{Name: "ploop/descriptor is replaced", Setup: oldBundle, Run: replaceDescriptor, Judge: oldOrNew},
-	}
+	}...)
 }
 
 var bundleOptions = ploop.CreateOptions{Size: bundleSize, ClusterSize: ploop.MinCluster}
 
 // createBundle does what its user does when it is done again: a bundle that is
-// there is the one that was wanted, and an image without a descriptor, which
-// it does not touch, is a piece of one and is removed.
+// there is the one that was wanted.
 func createBundle(ctx context.Context, dir string) error {
 	err := ploop.CreateBundle(ctx, dir, bundleOptions)
 	if !errors.Is(err, fs.ErrExist) {
 		return err
 	}
-	if _, err := os.Stat(filepath.Join(dir, ploop.DescriptorName)); err == nil {
-		return nil
-	}
-	if err := os.Remove(filepath.Join(dir, ploop.RootName)); err != nil {
-		return err
-	}
-	return ploop.CreateBundle(ctx, dir, bundleOptions)
+	_, err = os.Stat(filepath.Join(dir, ploop.DescriptorName))
+	return err
 }
 
 // bundleOrNone: as soon as there is a descriptor there is a whole bundle.

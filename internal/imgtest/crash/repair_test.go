@@ -20,6 +20,7 @@ type damaged struct {
 	format string
 	make   setup
 	want   []byte
+	decide fsck.Decide // nil: all
 }
 
 // damage changes the bytes of an image; what the guest sees must come back.
@@ -38,12 +39,12 @@ func damage(s setup, how ...func(b []byte) []byte) (*damaged, error) {
 	if err := errors.Join(err, f.Close()); err != nil {
 		return nil, err
 	}
-	return &damaged{img.Format, blank(changed(s, func(b []byte) []byte {
+	return &damaged{format: img.Format, want: want, make: blank(changed(s, func(b []byte) []byte {
 		for _, h := range how {
 			b = h(b)
 		}
 		return b
-	})), want}, nil
+	}))}, nil
 }
 
 const undoFile = "undo"
@@ -66,8 +67,12 @@ func (d *damaged) repair(ctx context.Context, s *crash.Session) error {
 	if err != nil {
 		return err
 	}
+	decide := d.decide
+	if decide == nil {
+		decide = fsck.DecideAll
+	}
 	_, err = fsck.Repair(ctx, c, f, fsck.RepairOptions{
-		Options: fsck.Options{Parallel: 1}, Decide: fsck.DecideAll,
+		Options: fsck.Options{Parallel: 1}, Decide: decide,
 		Undo:    func() (backend.File, error) { return undo, nil },
 		Execute: fsck.ExecuteOptions{Lost: lost{s.Dir}},
 	})
@@ -83,6 +88,26 @@ func (l lost) Sync() error                              { return nil }
 // judge: undone, the image is what it was before, bit for bit; repaired again
 // it is clean, and nothing of the guest is lost.
 func (d *damaged) judge(ctx context.Context, st *crash.State) error {
+	if err := d.takenBack(ctx, st); err != nil {
+		return err
+	}
+	if st.Done {
+		if err := d.whole(ctx, st); err != nil {
+			return fmt.Errorf("the repair is done: %w", err)
+		}
+	}
+	if err := st.Again(ctx); err != nil {
+		return fmt.Errorf("repaired again: %w", err)
+	}
+	if err := d.whole(ctx, st); err != nil {
+		return fmt.Errorf("repaired again: %w", err)
+	}
+	return nil
+}
+
+// takenBack: undone, the image is what it was before, bit for bit; what was put
+// aside is whole as soon as the image changes; and what was done is durable.
+func (d *damaged) takenBack(ctx context.Context, st *crash.State) error {
 	was := st.Image().Files[crash.ImageFile]
 	now, undo := st.Files[crash.ImageFile], st.Files[undoFile]
 	back := now.Clone()
@@ -103,15 +128,6 @@ func (d *damaged) judge(ctx context.Context, st *crash.State) error {
 		if now.Hash() != st.Final(crash.ImageFile).Hash() {
 			return errors.New("the repair is done, but not durably")
 		}
-		if err := d.whole(ctx, st); err != nil {
-			return fmt.Errorf("the repair is done: %w", err)
-		}
-	}
-	if err := st.Again(ctx); err != nil {
-		return fmt.Errorf("repaired again: %w", err)
-	}
-	if err := d.whole(ctx, st); err != nil {
-		return fmt.Errorf("repaired again: %w", err)
 	}
 	return nil
 }
@@ -203,10 +219,22 @@ func badCounts(n int) func([]byte) []byte {
 	}
 }
 
+// l2Of is where the first L2 table lies.
+func l2Of(p []byte) uint64 {
+	l1 := binary.BigEndian.Uint64(p[40:])
+	return binary.BigEndian.Uint64(p[l1:]) & 0x00fffffffffffe00
+}
+
+// alone is an image in a directory of its own.
+func alone(format string, m *backend.Mem) (*layertest.Dir, *crash.Session) {
+	dir := layertest.NewDir(func(string) (backend.File, error) { return m.Clone(), nil })
+	_, _ = dir.Open(crash.ImageFile, true) // of memory
+	return dir, &crash.Session{Image: image(format, nil), Dir: dir}
+}
+
 // notCopied clears the COPIED flags of the first L2 table.
 func notCopied(p []byte) []byte {
-	l1 := binary.BigEndian.Uint64(p[40:])
-	l2 := binary.BigEndian.Uint64(p[l1:]) & 0x00fffffffffffe00
+	l2 := l2Of(p)
 	for i := l2; i < l2+4096; i += 8 {
 		p[i] &= 0x7f
 	}
