@@ -21,7 +21,7 @@ var (
 // TestPowerCuts runs the table.
 func TestPowerCuts(t *testing.T) {
 	imgtest.Require(t, "strace")
-	ops, names := table(t), namesTable()
+	ops, names := append(table(t), fsckTable(t)...), namesTable()
 	var mu sync.Mutex
 	var reports []*crash.Report
 	var controls crash.Controls
