@@ -92,7 +92,10 @@ func restorable(ctx context.Context, dump io.ReaderAt, f backend.File, o Options
 	if err != nil {
 		return err
 	}
-	switch now := col.Sum(stats).Worst(); {
+	rep := col.Sum(stats)
+	switch now := rep.Worst(); {
+	case now < Fatal && stats.VirtualSize != d.id.VirtualSize && stats.CheckErrors > 0 && len(rep.Findings) > 0:
+		return fmt.Errorf("what the image is cannot be read: %s", rep.Findings[0].Text)
 	case now < Fatal && stats.VirtualSize != d.id.VirtualSize:
 		return fmt.Errorf("%w: it is of a disk of %d bytes, this one has %d", ErrNoFit, d.id.VirtualSize, stats.VirtualSize)
 	case now < Leak: // a table that reads as zeros leaks all that it named

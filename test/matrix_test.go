@@ -381,8 +381,8 @@ func (r *matrixRun) explains(text string) error {
 	}
 	name := filepath.Base(hit.Name)
 	if hit.Kind == faultfs.SyncDir || hit.Kind == faultfs.Create || hit.Kind == faultfs.Rename || hit.Kind == faultfs.Mkdir ||
-		r.mode == modeFull || name[0] == '.' {
-		name = r.dir // some file in it; nobody knows the names of temporary ones
+		r.mode == modeFull || name[0] == '.' || strings.HasPrefix(hit.Name, ".go-fuse") {
+		name = r.dir // some file in it; nobody knows those of temporary or removed ones
 	}
 	if !strings.Contains(text, name) {
 		return fmt.Errorf("the message does not name %q", name)
@@ -454,6 +454,18 @@ func files(dir string) (map[string]string, error) {
 		return err
 	})
 	return all, err
+}
+
+// soonUntouched is untouched, with a moment for the helper of a tool, which
+// cleans up when the tool has ended.
+func (r *matrixRun) soonUntouched(but ...string) (err error) {
+	for range 100 {
+		if err = r.untouched(but...); err == nil {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return err
 }
 
 // untouched checks that the files are what they were, but for names that are
