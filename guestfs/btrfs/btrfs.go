@@ -14,8 +14,8 @@
 // is free.
 //
 // Nothing is replayed. The committed trees are whole at any moment, since
-// blocks in use are never overwritten; but a log tree, as fsync leaves it, has
-// blocks and extents that only it knows, and with one nothing is judged.
+// blocks in use are never overwritten. A log tree, as fsync leaves it, has
+// blocks and extents that only it knows (log.go); they are used as well.
 //
 // Never free, because no tree mentions them, are the first MiB of the device
 // and the places of the superblock's copies. Old tree roots, which a mount
@@ -31,6 +31,7 @@ import (
 	"fmt"
 	"io"
 
+	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/guestfs/freespace"
 )
 
@@ -60,6 +61,9 @@ func Free(ctx context.Context, r io.ReaderAt, size int64, emit freespace.Emit) (
 	if err := v.findTrees(); err != nil {
 		return info, err
 	}
+	if err := v.readLog(); err != nil {
+		return info, err
+	}
 	return info, v.judge(newKeeper(emit))
 }
 
@@ -71,8 +75,9 @@ type volume struct {
 
 	chunks  []chunk // by logical address
 	extents *tree
-	groups  *tree // where the block group items are: may be extents
-	space   *tree // nil: there is no valid free-space tree
+	groups  *tree        // where the block group items are: may be extents
+	space   *tree        // nil: there is no valid free-space tree
+	logged  blockmap.Set // logical addresses that only the log trees know
 	devices *tree
 }
 

@@ -116,7 +116,7 @@ func TestRefusals(t *testing.T) {
 		{"seed", or(56, superFlagSeed), freespace.Unsupported},
 		{"other flags", or(56, 1<<33), freespace.Unsupported},
 		{"two devices", func(s []byte) { s[136] = 2 }, freespace.Unsupported},
-		{"log tree", or(96, 1<<20), freespace.NotClean},
+		{"log tree that is not there", or(96, 1<<20), freespace.Damaged},
 		{"checksum kind", func(s []byte) { s[196] = 9 }, freespace.UnknownFeature},
 		{"used bytes", func(s []byte) { s[121] ^= 0x10 }, freespace.CountMismatch},
 		{"device size", func(s []byte) { s[deviceAt+8+5]++ }, freespace.Truncated},

@@ -46,7 +46,12 @@ func (v *volume) judgeGroup(c *chunk, free func(off, n uint64) error) (used uint
 			return nil
 		}
 		gaps.add(start, end-start)
-		return free(start, end-start)
+		for r := range v.logged.Gaps(int64(start), int64(end-start)) {
+			if err := free(uint64(r.Off), uint64(r.Len)); err != nil {
+				return err
+			}
+		}
+		return nil
 	}
 	at := c.start
 	err = v.extents.walk(key{object: c.start}, key{c.end() - 1, ^uint8(0), ^uint64(0)}, func(k key, _ []byte) error {

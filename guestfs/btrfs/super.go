@@ -47,19 +47,19 @@ const (
 
 // super is the superblock.
 type super struct {
-	fsid, metadataUUID, deviceUUID [16]byte
-	label                          string
-	generation                     uint64
-	root, chunkRoot, logRoot       uint64 // logical addresses
-	chunkGeneration                uint64
-	rootLevel, chunkLevel          uint8
-	used                           uint64
-	devices                        uint64
-	sector, node                   int64 // bytes
-	sum                            uint16
-	compat, ro, incompat, flags    uint64
-	deviceID, deviceBytes          uint64
-	sysChunks                      []byte
+	fsid, metadataUUID, deviceUUID  [16]byte
+	label                           string
+	generation                      uint64
+	root, chunkRoot, logRoot        uint64 // logical addresses
+	chunkGeneration                 uint64
+	rootLevel, chunkLevel, logLevel uint8
+	used                            uint64
+	devices                         uint64
+	sector, node                    int64 // bytes
+	sum                             uint16
+	compat, ro, incompat, flags     uint64
+	deviceID, deviceBytes           uint64
+	sysChunks                       []byte
 }
 
 func decodeSuper(b []byte) *super {
@@ -72,7 +72,7 @@ func decodeSuper(b []byte) *super {
 		sector: int64(le.Uint32(b[144:])), node: int64(le.Uint32(b[148:])),
 		chunkGeneration: le.Uint64(b[164:]),
 		compat:          le.Uint64(b[172:]), ro: le.Uint64(b[180:]), incompat: le.Uint64(b[188:]),
-		sum: le.Uint16(b[196:]), rootLevel: b[198], chunkLevel: b[199],
+		sum: le.Uint16(b[196:]), rootLevel: b[198], chunkLevel: b[199], logLevel: b[200],
 		deviceID: le.Uint64(d), deviceBytes: le.Uint64(d[8:]),
 		label: strings.ToValidUTF8(strings.TrimRight(string(b[299:299+256]), "\x00"), "?"),
 	}
@@ -129,8 +129,6 @@ func (s *super) checkFeatures() error {
 		return freespace.Refuse(freespace.Unsupported, "btrfs: incompat features %#x (zoned, extent tree v2 or stripe tree)", s.incompat&incompatUnsupported)
 	case s.devices != 1:
 		return freespace.Refuse(freespace.Unsupported, "btrfs: a filesystem on %d devices", s.devices)
-	case s.logRoot != 0:
-		return freespace.Refuse(freespace.NotClean, "btrfs: there is a log tree: mount and unmount the filesystem")
 	}
 	return nil
 }
@@ -141,8 +139,8 @@ func (s *super) checkGeometry(size int64) error {
 	switch {
 	case !powerOfTwo(s.sector, 4096, 65536) || !powerOfTwo(s.node, 4096, 65536) || s.node < s.sector:
 		return damaged("sectors of %d bytes, nodes of %d", s.sector, s.node)
-	case s.rootLevel > maxLevel || s.chunkLevel > maxLevel:
-		return damaged("trees of %d and %d levels", s.rootLevel, s.chunkLevel)
+	case s.rootLevel > maxLevel || s.chunkLevel > maxLevel || s.logLevel > maxLevel:
+		return damaged("trees of %d, %d and %d levels", s.rootLevel, s.chunkLevel, s.logLevel)
 	case s.deviceBytes > uint64(size):
 		return freespace.Refuse(freespace.Truncated, "btrfs: a device of %d bytes does not fit into %d bytes", s.deviceBytes, size)
 	case s.chunkGeneration > s.generation:

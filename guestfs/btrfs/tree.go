@@ -66,6 +66,7 @@ type tree struct {
 	root       uint64
 	generation uint64
 	level      int
+	block      func(at uint64) error // gets every block that is walked, when set
 	kept       [maxLevel + 1]block
 }
 
@@ -95,6 +96,9 @@ func (t *tree) walk(from, to key, visit func(k key, data []byte) error) error {
 
 func (t *tree) node(at uint64, level int, p promise, from, to key, visit func(key, []byte) error) error {
 	bl, err := t.load(at, level, p)
+	if err == nil && t.block != nil {
+		err = t.block(at)
+	}
 	if err != nil {
 		return err
 	}
@@ -279,19 +283,29 @@ func (v *volume) findTrees() error {
 func (t *tree) open(id uint64) (*tree, error) {
 	var found *tree
 	from := key{id, itemRoot, 0}
-	err := t.walk(from, key{id, itemRoot, ^uint64(0)}, func(_ key, b []byte) error {
-		if found != nil || len(b) < 239 {
-			return damaged("root item of tree %d of %d bytes, or a second one", id, len(b))
+	err := t.walk(from, key{id, itemRoot, ^uint64(0)}, func(_ key, b []byte) (err error) {
+		if found != nil {
+			return damaged("two root items of tree %d", id)
 		}
-		le := binary.LittleEndian
-		found = &tree{v: t.v, id: id, generation: le.Uint64(b[160:]), root: le.Uint64(b[176:]), level: int(b[238])}
-		if found.level > maxLevel || found.generation > t.v.generation {
-			return damaged("tree %d of %d levels, generation %d", id, found.level, found.generation)
-		}
-		return nil
+		found, err = t.v.decodeRoot(id, b)
+		return err
 	})
 	if err == nil && found == nil {
 		err = damaged("no tree %d", id)
 	}
 	return found, err
+}
+
+// decodeRoot decodes a root item (btrfs_tree.h: btrfs_root_item). The trees of
+// the log are a generation ahead.
+func (v *volume) decodeRoot(id uint64, b []byte) (*tree, error) {
+	if len(b) < 239 {
+		return nil, damaged("root item of tree %d of %d bytes", id, len(b))
+	}
+	le := binary.LittleEndian
+	t := &tree{v: v, id: id, generation: le.Uint64(b[160:]), root: le.Uint64(b[176:]), level: int(b[238])}
+	if t.level > maxLevel || t.generation > v.generation && id != treeLog {
+		return nil, damaged("tree %d of %d levels, generation %d", id, t.level, t.generation)
+	}
+	return t, nil
 }
