@@ -103,7 +103,10 @@ func (b *batch) commit() error {
 // publish makes the copies and the counts of their places durable, and then
 // the words that name them.
 func (m *mover) publish(words []word) error {
-	if err := m.ed.syncCounts(); err != nil {
+	if err := m.ed.ref.writePages(); err != nil {
+		return err
+	}
+	if err := m.ed.syncFile(m.img.f); err != nil {
 		return err
 	}
 	if err := m.patch(words); err != nil {

@@ -184,7 +184,10 @@ func (m *mover) moveSome(refs []ref) (int, error) {
 	if len(to) == 0 {
 		return 0, nil
 	}
-	if err := m.ed.syncCounts(); err != nil {
+	if err := r.writePages(); err != nil {
+		return 0, err
+	}
+	if err := m.ed.syncFile(m.img.f); err != nil {
 		return 0, err
 	}
 	r.mu.Lock()

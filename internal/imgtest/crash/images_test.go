@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"testing"
 
@@ -156,6 +157,9 @@ func qcow2ByQemu(t testing.TB, options, size string, commands ...string) setup {
 			case len(c) > 9 && c[:9] == "snapshot ":
 				imgtest.QemuImg(t, "snapshot", "-c", c[9:], path)
 				snapshots = append(snapshots, c[9:])
+			case len(c) > 5 && c[:5] == "drop ":
+				imgtest.QemuImg(t, "snapshot", "-d", c[5:], path)
+				snapshots = slices.DeleteFunc(snapshots, func(s string) bool { return s == c[5:] })
 			case len(c) > 7 && c[:7] == "bitmap ":
 				imgtest.QemuImg(t, "bitmap", "--add", path, c[7:])
 			case len(c) > 6 && c[:6] == "crash ":
