@@ -2,11 +2,9 @@ package ext4
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
 	"errors"
 	"io"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -19,23 +17,8 @@ import (
 )
 
 func free(r io.ReaderAt, size int64) (*blockmap.Set, error) {
-	c := freespace.NewCollector(1<<20, 1)
-	_, err := Free(context.Background(), r, size, c.Add)
-	if err != nil {
-		return &blockmap.Set{}, err
-	}
-	return guesttest.Set(c.Ranges()), nil
-}
-
-// traced notes which bytes a reader looks at.
-type traced struct {
-	r    io.ReaderAt
-	seen blockmap.Set
-}
-
-func (t *traced) ReadAt(p []byte, off int64) (int, error) {
-	t.seen.Add(off, int64(len(p)))
-	return t.r.ReadAt(p, off)
+	s, _, err := guesttest.JudgeAt(r, size, Free)
+	return s, err
 }
 
 // dirtyImage is a small filesystem that was copied while mounted.
@@ -62,42 +45,11 @@ func TestDamagedByte(t *testing.T) {
 	}{{"-b 1024 -O metadata_csum,64bit", 1500}, {"-b 1024 -O bigalloc -C 4096", 1500}, {"-b 4096 -O metadata_csum_seed,orphan_file", 1500}} {
 		t.Run(c.args, func(t *testing.T) {
 			t.Parallel()
-			b := dirtyImage(t, c.args)
-			size := int64(len(b))
-			tr := &traced{r: bytes.NewReader(b)}
-			good, err := free(tr, size)
-			if err != nil {
-				t.Fatal(err)
+			var super []int64
+			for at := range int64(superSize) {
+				super = append(super, superOffset+at)
 			}
-			var places []int64
-			for r := range tr.seen.Ranges() {
-				for at := r.Off; at < r.End(); at++ {
-					places = append(places, at)
-				}
-			}
-			rng := rand.New(rand.NewPCG(1, 2))
-			var try []int64
-			for at := int64(superOffset); at < superOffset+superSize; at++ {
-				try = append(try, at)
-			}
-			for range c.sample {
-				try = append(try, places[rng.IntN(len(places))])
-			}
-			refused := 0
-			for _, at := range try {
-				got, err := free(guesttest.Damaged{Base: bytes.NewReader(b), At: at, Xor: byte(1 << rng.IntN(8))}, size)
-				if err != nil {
-					refused++
-				}
-				for r := range got.Ranges() {
-					if !good.Contains(r.Off, r.Len) {
-						t.Fatalf("byte %#x damaged: %d+%d is free, was used", at, r.Off, r.Len)
-					}
-				}
-			}
-			if refused < len(try)/4 {
-				t.Errorf("only %d of %d damages were refused", refused, len(try))
-			}
+			guesttest.DamagedBytes(t, dirtyImage(t, c.args), Free, super, c.sample)
 		})
 	}
 }
@@ -183,18 +135,12 @@ func TestRefusals(t *testing.T) {
 			c.breaks(b)
 			resum(b)
 			_, err := free(bytes.NewReader(b), int64(len(b)))
-			var r *freespace.Refusal
-			if !errors.As(err, &r) || r.Code != c.want {
-				t.Errorf("%v, want %s", err, c.want)
-			}
+			guesttest.Refused(t, c.name, err, c.want)
 		})
 	}
 	t.Run("truncated", func(t *testing.T) {
 		_, err := free(bytes.NewReader(clean), int64(len(clean))-1024)
-		var r *freespace.Refusal
-		if !errors.As(err, &r) || r.Code != freespace.Truncated {
-			t.Errorf("%v, want %s", err, freespace.Truncated)
-		}
+		guesttest.Refused(t, "truncated", err, freespace.Truncated)
 	})
 	t.Run("whole", func(t *testing.T) {
 		for _, b := range [][]byte{clean, dirty} {
@@ -211,7 +157,7 @@ func TestMetadataMarkedFree(t *testing.T) {
 	imgtest.Require(t, "mke2fs", "debugfs")
 	for _, args := range []string{"-b 1024", "-t ext2 -b 1024", "-b 1024 -O uninit_bg,^metadata_csum"} {
 		path := mkfs(t, 24<<20, args)
-		if _, _, err := judge(t, path); err != nil {
+		if _, _, err := guesttest.Judge(t, path, Free); err != nil {
 			t.Fatal(err)
 		}
 		for _, block := range []string{"1", "2", "300"} { // superblock, descriptors, the first inode table
@@ -221,7 +167,7 @@ func TestMetadataMarkedFree(t *testing.T) {
 				t.Fatal(err)
 			}
 			imgtest.Run(t, "debugfs", "-w", "-f", script, broken)
-			_, _, err := judge(t, broken)
+			_, _, err := guesttest.Judge(t, broken, Free)
 			var r *freespace.Refusal
 			if !errors.As(err, &r) || r.Code != freespace.Damaged || !strings.Contains(r.Text, "metadata") {
 				t.Errorf("%s, block %s: %v", args, block, err)

@@ -2,8 +2,6 @@ package ext4
 
 import (
 	"bytes"
-	"context"
-	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -16,22 +14,6 @@ import (
 	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/guesttest"
 )
-
-func judge(t testing.TB, path string) (*blockmap.Set, freespace.Info, error) {
-	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	c := freespace.NewCollector(1<<20, 1)
-	info, err := Free(context.Background(), f, st.Size(), c.Add)
-	return guesttest.Set(c.Ranges()), info, err
-}
 
 // oracle is what dumpe2fs lists as free, in bytes.
 func oracle(t testing.TB, path string) *blockmap.Set {
@@ -130,18 +112,9 @@ func mkfs(t testing.TB, size int64, args string) string {
 }
 
 // exact fails the test unless the reader and dumpe2fs agree to the byte.
-func exact(t testing.TB, path, when string) freespace.Info {
+func exact(t testing.TB, path, when string) {
 	t.Helper()
-	got, info, err := judge(t, path)
-	if err != nil {
-		t.Fatalf("%s: %v", when, err)
-	}
-	want := oracle(t, path)
-	guesttest.Inside(t, got, want)
-	if got.Len() != want.Len() || got.Len() == 0 {
-		t.Errorf("%s: %d bytes free, dumpe2fs says %d", when, got.Len(), want.Len())
-	}
-	return info
+	guesttest.Exact(t, path, when, Free, oracle(t, path))
 }
 
 // Every variant: new, aged and unmounted, and copied while mounted. A dirty
@@ -161,19 +134,13 @@ func TestAgainstDumpe2fs(t *testing.T) {
 			held.Close()
 			umount()
 			exact(t, path, "aged")
-			got, info, err := judge(t, dirty)
+			got, info, err := guesttest.Judge(t, dirty, Free)
 			if !v.journal {
-				var r *freespace.Refusal
-				if !errors.As(err, &r) || r.Code != freespace.NotClean {
-					t.Errorf("dirty, no journal to replay: %v, want %s", err, freespace.NotClean)
-				}
+				guesttest.Refused(t, "dirty, no journal to replay", err, freespace.NotClean)
 				return
 			}
 			if v.name == "mmp" {
-				var r *freespace.Refusal
-				if !errors.As(err, &r) || r.Code != freespace.InUse {
-					t.Errorf("mounted: %v, want %s", err, freespace.InUse)
-				}
+				guesttest.Refused(t, "mounted", err, freespace.InUse)
 				return
 			}
 			if err != nil || info.Replayed == 0 {
@@ -252,22 +219,11 @@ func TestJournalTrap(t *testing.T) {
 				}
 				dirty := guesttest.Copy(t, path)
 				umount()
-				got, info, err := judge(t, dirty)
+				got, info, err := guesttest.Judge(t, dirty, Free)
 				if err != nil || info.Replayed == 0 {
 					t.Fatalf("%v, %d blocks replayed", err, info.Replayed)
 				}
-				// The content is destroyed wherever it is called free: all
-				// of it must survive.
-				f, err := os.OpenFile(dirty, os.O_RDWR, 0)
-				if err != nil {
-					t.Fatal(err)
-				}
-				for r := range got.Ranges() {
-					if _, err := f.WriteAt(bytes.Repeat([]byte{0xdb}, int(r.Len)), r.Off); err != nil {
-						t.Fatal(err)
-					}
-				}
-				f.Close()
+				guesttest.Trash(t, dirty, got)
 				dir, umount = guesttest.Mount(t, dirty)
 				for i := range 20 {
 					b, err := os.ReadFile(filepath.Join(dir, fmt.Sprint(i)))

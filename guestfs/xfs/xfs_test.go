@@ -2,9 +2,7 @@ package xfs
 
 import (
 	"bytes"
-	"context"
 	"encoding/binary"
-	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -19,25 +17,14 @@ import (
 )
 
 func free(r io.ReaderAt, size int64) (*blockmap.Set, error) {
-	c := freespace.NewCollector(1<<20, 1)
-	if _, err := Free(context.Background(), r, size, c.Add); err != nil {
-		return &blockmap.Set{}, err
-	}
-	return guesttest.Set(c.Ranges()), nil
+	s, _, err := guesttest.JudgeAt(r, size, Free)
+	return s, err
 }
 
 func judge(t testing.TB, path string) (*blockmap.Set, error) {
 	t.Helper()
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return free(f, st.Size())
+	s, _, err := guesttest.Judge(t, path, Free)
+	return s, err
 }
 
 func db(t testing.TB, path string, commands ...string) string {
@@ -153,10 +140,7 @@ func TestAgainstXfsDB(t *testing.T) {
 				umount()
 				exact(t, path, "aged")
 				_, err := judge(t, dirty)
-				var r *freespace.Refusal
-				if !errors.As(err, &r) || r.Code != freespace.NotClean {
-					t.Errorf("mounted: %v, want %s", err, freespace.NotClean)
-				}
+				guesttest.Refused(t, "mounted", err, freespace.NotClean)
 				if round == 0 { // replayed by the kernel, it is judged again
 					_, umount := guesttest.Mount(t, dirty, "nouuid")
 					umount()
@@ -199,16 +183,6 @@ func TestLogWraps(t *testing.T) {
 	}
 }
 
-type traced struct {
-	r    io.ReaderAt
-	seen blockmap.Set
-}
-
-func (t *traced) ReadAt(p []byte, off int64) (int, error) {
-	t.seen.Add(off, int64(len(p)))
-	return t.r.ReadAt(p, off)
-}
-
 func agedImage(t testing.TB) []byte {
 	t.Helper()
 	path := mkfs(t, 32<<20, "-b size=1024 -d agcount=2")
@@ -227,9 +201,8 @@ func TestDamagedByte(t *testing.T) {
 	guesttest.Require(t, "mkfs.xfs")
 	b := agedImage(t)
 	size := int64(len(b))
-	tr := &traced{r: bytes.NewReader(b)}
-	good, err := free(tr, size)
-	if err != nil {
+	tr := &guesttest.Traced{R: bytes.NewReader(b)}
+	if _, err := free(tr, size); err != nil {
 		t.Fatal(err)
 	}
 	rng := rand.New(rand.NewPCG(1, 2))
@@ -243,7 +216,7 @@ func TestDamagedByte(t *testing.T) {
 	}
 	ag, at := s.split(s.logStart)
 	log := s.groupStart(ag) + int64(at)*s.blockSize
-	for r := range tr.seen.Ranges() {
+	for r := range tr.Seen.Ranges() {
 		n := r.Len / 16 // of the trees
 		if r.Off <= log && log < r.End() {
 			n = 400 // of the log
@@ -252,21 +225,7 @@ func TestDamagedByte(t *testing.T) {
 			try = append(try, r.Off+rng.Int64N(r.Len))
 		}
 	}
-	refused := 0
-	for _, at := range try {
-		got, err := free(guesttest.Damaged{Base: bytes.NewReader(b), At: at, Xor: byte(1 << rng.IntN(8))}, size)
-		if err != nil {
-			refused++
-		}
-		for r := range got.Ranges() {
-			if !good.Contains(r.Off, r.Len) {
-				t.Fatalf("byte %#x damaged: %d+%d is free, was used", at, r.Off, r.Len)
-			}
-		}
-	}
-	if refused < len(try)/4 {
-		t.Errorf("only %d of %d damages were refused", refused, len(try))
-	}
+	guesttest.DamagedBytes(t, b, Free, try, 0)
 }
 
 // resum makes the checksum of the superblock right again.
@@ -307,14 +266,8 @@ func TestRefusals(t *testing.T) {
 		c.breaks(b)
 		resum(b)
 		_, err := free(bytes.NewReader(b), int64(len(b)))
-		var r *freespace.Refusal
-		if !errors.As(err, &r) || r.Code != c.want {
-			t.Errorf("%s: %v, want %s", c.name, err, c.want)
-		}
+		guesttest.Refused(t, c.name, err, c.want)
 	}
 	_, err := free(bytes.NewReader(base), int64(len(base))-4096)
-	var r *freespace.Refusal
-	if !errors.As(err, &r) || r.Code != freespace.Truncated {
-		t.Errorf("truncated: %v", err)
-	}
+	guesttest.Refused(t, "truncated", err, freespace.Truncated)
 }
