@@ -12,6 +12,9 @@ import (
 // reading it.
 const (
 	inodeExtents = 0x80000
+	// What no journal is: compressed, encrypted, sealed, a value of
+	// attributes, inside its inode.
+	inodeOther = 0x4 | 0x200 | 0x800 | 0x100000 | 0x200000 | 0x10000000
 	extentMagic  = 0xf30a
 	maxDepth     = 5
 	// maxRuns bounds the pieces of a journal, and the blocks of its own map.
@@ -29,6 +32,7 @@ type fileMap struct {
 	ctx    context.Context
 	runs   []run
 	blocks uint64   // of the file that are mapped so far
+	next   uint64   // the end of the last extent, which may be behind that of the file
 	want   uint64   // of the file
 	own    []uint64 // blocks of the map itself
 	seed   uint32   // of the checksums of the inode
@@ -90,6 +94,9 @@ func journalMap(ctx context.Context, r io.ReaderAt, s *super) (*fileMap, error) 
 		return nil, damaged("journal: %d bytes", size)
 	}
 	m.want = size / uint64(s.blockSize)
+	if flags := le.Uint32(b[32:]); flags&inodeOther != 0 {
+		return nil, damaged("journal: inode %d has flags %#x", ino, flags)
+	}
 	if le.Uint32(b[32:])&inodeExtents != 0 {
 		if !s.inc(incompatExtents) {
 			return nil, damaged("journal: extents without the feature")
@@ -162,8 +169,9 @@ func (m *fileMap) extents(b []byte, depth int) error {
 	}
 	for i := range entries {
 		e := b[12+12*i:][:12]
-		if logical := uint64(le.Uint32(e)); logical != m.blocks && m.blocks < m.want {
-			return damaged("journal: extent for block %d, want %d", logical, m.blocks)
+		logical := uint64(le.Uint32(e))
+		if logical < m.next || logical > m.next && m.next < m.want {
+			return damaged("journal: extent for block %d, want %d", logical, m.next)
 		}
 		if d > 0 {
 			child, err := m.load(uint64(le.Uint32(e[4:])) | uint64(le.Uint16(e[8:]))<<32)
@@ -179,6 +187,7 @@ func (m *fileMap) extents(b []byte, depth int) error {
 		if n == 0 || n > 32768 {
 			return damaged("journal: extent of %d blocks, or not written yet", n)
 		}
+		m.next = logical + n
 		if err := m.add(uint64(le.Uint32(e[8:]))|uint64(le.Uint16(e[6:]))<<32, n); err != nil {
 			return err
 		}

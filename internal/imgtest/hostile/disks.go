@@ -83,8 +83,8 @@ func disks() []Case {
 	var all []Case
 	// Only --partitions looks; whether it refuses is said here.
 	add := func(title string, d disk, refused bool) {
-		c := Case{Name: "disk with " + title, Class: Disk, Image: diskName, Build: file(diskName, d), Args: []string{"--format", "raw"}, NoFsck: true,
-			By: map[Tool]int{Partitions: 0}}
+		c := Case{Name: "disk with " + title, Class: Disk, Image: diskName, Build: file(diskName, d), Args: []string{"--format", "raw"},
+			By: map[Tool]int{Partitions: 0, Fsck: 0, Repair: 0}}
 		if refused {
 			c.By[Partitions] = 1
 			c.Words = []string{"partition"}

@@ -27,10 +27,15 @@ const (
 	Partitions Tool = "mount-image --partitions"
 	Write      Tool = "mount-image -w"
 	Fsck       Tool = "image-fsck -n"
+	Estimate   Tool = "image-compact -n"
+	Compact    Tool = "image-compact"
+	Repair     Tool = "image-fsck -y" // the last, because it changes the image
 )
 
 // Tools are all of them.
-func Tools() []Tool { return []Tool{Info, Map, Mount, Partitions, Write, Fsck} }
+func Tools() []Tool {
+	return []Tool{Info, Map, Mount, Partitions, Write, Fsck, Estimate, Compact, Repair}
+}
 
 // Class says what kind of harm a case is about.
 type Class string
@@ -43,6 +48,7 @@ const (
 	Path   Class = "path"   // files that are nobody's business
 	Chain  Class = "chain"  // loops and depth of parents
 	Disk   Class = "disk"   // partition tables
+	Guest  Class = "guest"  // filesystems in the image
 )
 
 // Dirs are where a case is built.
@@ -70,8 +76,6 @@ type Case struct {
 	By   map[Tool]int
 	// Words are in the message of every tool that fails.
 	Words []string
-	// NoFsck: image-fsck is not asked, its subject is another.
-	NoFsck bool
 }
 
 // Want is the exit code that the tool must have; any is true where the case
@@ -81,7 +85,7 @@ func (c Case) Want(t Tool) (exit int, any bool) {
 	if e, ok := c.By[t]; ok {
 		return e, false
 	}
-	if t == Fsck {
+	if t == Fsck || t == Repair || t == Estimate || t == Compact {
 		return 0, true
 	}
 	return c.Exit, false
@@ -90,7 +94,7 @@ func (c Case) Want(t Tool) (exit int, any bool) {
 // Cases are all of them.
 func Cases() []Case {
 	var all []Case
-	for _, some := range [][]Case{qcow2Headers(), qcow2Tables(), qcow2Bombs(), qcow2Paths(), chains(), ploopHeaders(), bundles(), disks(), odd()} {
+	for _, some := range [][]Case{qcow2Headers(), qcow2Tables(), qcow2Bombs(), qcow2Paths(), chains(), ploopHeaders(), bundles(), disks(), guests(), odd()} {
 		all = append(all, some...)
 	}
 	return all

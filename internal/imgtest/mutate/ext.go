@@ -63,12 +63,15 @@ func parseExt(g *Guest) error {
 	if e.block > 1024 {
 		table = e.block
 	}
+	g.Marks["descriptors"] = table
 	for n := range groups {
 		e.group(table+n*e.desc, uint32(n))
 	}
 	if le.Uint32(sb[92:])&4 != 0 {
 		inode := g.Image.Bytes(table, 32)
 		size := int64(le.Uint16(sb[88:]))
+		g.Marks["journal inode"] = int64(le.Uint32(inode[8:]))*e.block + 7*size
+		g.Marks["bitmap"] = int64(le.Uint32(inode)) * e.block
 		if err := e.journalInode(int64(le.Uint32(inode[8:]))*e.block+7*size, size); err != nil {
 			return err
 		}
@@ -164,5 +167,6 @@ func (e *ext) journalInode(at, size int64) error {
 			s.Put(at, b)
 		})
 	}
+	e.g.Marks["journal"] = e.journal
 	return e.log()
 }

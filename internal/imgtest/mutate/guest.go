@@ -16,7 +16,9 @@ type Guest struct {
 	// fields are numbers that it has; sums make the checksums right, in this
 	// order (a later one may cover an earlier one).
 	fields []guestField
-	sums   []func(m memory)
+	// Marks are the bytes at which things are, for who damages by hand.
+	Marks map[string]int64
+	sums  []func(m memory)
 }
 
 // memory is what a checksum is made in: an image or a part of one.
@@ -153,7 +155,7 @@ func loadGuest(name string, parse func(*Guest) error) (*Guest, error) {
 		return nil, err
 	}
 	defer f.Close()
-	g := &Guest{Name: name}
+	g := &Guest{Name: name, Marks: map[string]int64{}}
 	if g.Image, err = load(f); err != nil {
 		return nil, err
 	}

@@ -81,7 +81,7 @@ func TestRecipes(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		g := &Guest{Name: r.name, Image: s}
+		g := &Guest{Name: r.name, Image: s, Marks: map[string]int64{}}
 		if err := r.parse(g); err != nil {
 			t.Errorf("%s: %v", r.name, err)
 		}

@@ -54,12 +54,16 @@ func parseXFS(g *Guest) error {
 		g.add(at+3*sector, true, run(0, 18, 4)...)
 		sum(at+3*sector, sector, 32)
 		b := g.Image.Bytes(agf, 64)
+		if n == 0 {
+			g.Marks["tree"] = int64(be.Uint32(b[16:])) * block
+		}
 		tree(at + int64(be.Uint32(b[16:]))*block)
 		tree(at + int64(be.Uint32(b[20:]))*block)
 	}
 	// The log: its first record, which mkfs writes.
 	start := be.Uint64(sb[48:])
 	log := int64(start>>sb[124])*length + int64(start&(1<<sb[124]-1))*block
+	g.Marks["log"] = log
 	g.add(log, true, run(0, 12, 4)...)
 	g.add(log, true, [2]int64{304, 8}, [2]int64{320, 4})
 	g.add(log+512, true, [][2]int64{{0, 4}, {4, 4}, {8, 1}, {9, 1}, {10, 2}, {12, 4}}...)
