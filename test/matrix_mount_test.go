@@ -170,6 +170,9 @@ func (g *faultGuest) script(path string) error {
 		if g.unsure {
 			return nil
 		}
+		if g.frozen && g.r.mode == modeLoss {
+			continue // what was not synced reads as anything
+		}
 		got := make([]byte, int64(len(g.before))-g.at)
 		if _, err := f.ReadAt(got, 0); err != nil {
 			if err := g.accept("reading", err); err != nil {
@@ -198,7 +201,7 @@ func (g *faultGuest) accept(what string, err error) error {
 		if gone(err) {
 			return nil
 		}
-	case modeEIO:
+	case modeEIO, modeLoss:
 		if hit.Kind == faultfs.Sync {
 			g.frozen = true
 		}

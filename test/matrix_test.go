@@ -34,6 +34,7 @@ var (
 	matrixFull  = flag.Bool("matrix.full", false, "every fault at every operation, not a sample")
 	matrixFew   = flag.Int("matrix.few", 6, "faults tried for each row when not all are")
 	matrixSeed  = flag.Uint64("matrix.seed", 0, "of the sample; 0 is another each time")
+	matrixMode  = flag.String("matrix.mode", "", "only this way of going wrong, as EIO, ENOSPC, SIGKILL")
 	matrixLanes = flag.Int("matrix.lanes", 3, "rows at the same time")
 )
 
@@ -46,10 +47,11 @@ const (
 	modeSpace mode = "ENOSPC"    // once
 	modeFull  mode = "full disk" // half of it is done, and nothing grows any more until the command has ended
 	modeShort mode = "short"     // half of a read or write is done, without an error
+	modeLoss  mode = "lost sync" // EIO, and what was not synced is gone
 	modeKill  mode = "SIGKILL"
 )
 
-var modes = []mode{modeEIO, modeSpace, modeFull, modeShort, modeKill}
+var modes = []mode{modeEIO, modeSpace, modeFull, modeShort, modeLoss, modeKill}
 
 // applies tells whether an operation can go wrong so.
 func (m mode) applies(o faultfs.Op) bool {
@@ -58,6 +60,8 @@ func (m mode) applies(o faultfs.Op) bool {
 		return true
 	case modeSpace, modeFull:
 		return o.Grows || o.Kind == faultfs.Create || o.Kind == faultfs.Mkdir
+	case modeLoss:
+		return o.Kind == faultfs.Sync
 	case modeShort:
 		return (o.Kind == faultfs.Write || o.Kind == faultfs.Read) && o.N > 1
 	}
@@ -133,8 +137,8 @@ func TestFaultMatrix(t *testing.T) {
 			})
 		}
 	})
-	fmt.Printf("fault matrix: %d commands, %d operations of theirs, %d faults (%d EIO and failed syncs, %d ENOSPC, %d full disks, %d short, %d SIGKILL), of which %d made the command or its user see an error; %v\n",
-		all.rows, all.ops, all.faults, all.byMode[modeEIO], all.byMode[modeSpace], all.byMode[modeFull], all.byMode[modeShort], all.byMode[modeKill],
+	fmt.Printf("fault matrix: %d commands, %d operations of theirs, %d faults (%d EIO and failed syncs, %d syncs that lost data, %d ENOSPC, %d full disks, %d short, %d SIGKILL), of which %d made the command or its user see an error; %v\n",
+		all.rows, all.ops, all.faults, all.byMode[modeEIO], all.byMode[modeLoss], all.byMode[modeSpace], all.byMode[modeFull], all.byMode[modeShort], all.byMode[modeKill],
 		all.errors, time.Since(began).Round(time.Second))
 }
 
@@ -194,7 +198,7 @@ func (m *matrixRow) all(c *tally) {
 	var faults []fault
 	for _, o := range ops {
 		for _, how := range modes {
-			if how.applies(o) {
+			if how.applies(o) && (*matrixMode == "" || string(how) == *matrixMode) {
 				faults = append(faults, fault{how, o})
 			}
 		}
@@ -243,6 +247,8 @@ func (m *matrixRow) fault(how mode, at int) *matrixRun {
 			return faultfs.Verdict{Err: unix.ENOSPC, Short: true}
 		case modeShort:
 			return faultfs.Verdict{Short: true}
+		case modeLoss:
+			return faultfs.Verdict{Err: unix.EIO, Lose: true}
 		}
 		return faultfs.Verdict{Kill: true}
 	}, func() *faultfs.Op { once.Lock(); defer once.Unlock(); return hit })
@@ -285,9 +291,11 @@ func (m *matrixRow) one(how mode, hook faultfs.Hook, now ...func() *faultfs.Op) 
 		r.now = now[0]
 	}
 	copyTree(m.T, m.pristine, r.below)
+	m.fs.Track(how == modeLoss)
 	m.fs.Set(hook)
 	err := r.guarded(m.run)
 	m.fs.Set(nil)
+	m.fs.Track(false)
 	r.hit = r.now()
 	r.err = errors.Join(err, r.guarded(m.judge))
 	if err := os.RemoveAll(r.below); err != nil {
@@ -372,9 +380,9 @@ func (r *matrixRun) explains(text string) error {
 	if hit == nil || r.mode == modeKill || r.mode == modeShort {
 		return nil
 	}
-	reason := unix.EIO.Error()
-	if r.mode != modeEIO {
-		reason = unix.ENOSPC.Error()
+	reason := unix.ENOSPC.Error()
+	if r.mode == modeEIO || r.mode == modeLoss {
+		reason = unix.EIO.Error()
 	}
 	if !strings.Contains(text, reason) {
 		return fmt.Errorf("the message does not say %q", reason)

@@ -69,6 +69,10 @@ type Verdict struct {
 	Kill bool
 	// Hang keeps the request waiting until it is closed.
 	Hang <-chan struct{}
+	// Lose, of a Sync, takes the file back to what it was at the last good one,
+	// as Linux does: it reports a failed write-back once, and the old bytes
+	// come back from the disk. It needs Track.
+	Lose bool
 }
 
 // Hook sees each request; calls may be concurrent.
@@ -82,6 +86,12 @@ type FS struct {
 	mu    sync.Mutex
 	hook  Hook
 	count int
+
+	// changing makes changes of files happen one at a time while they are
+	// tracked.
+	changing sync.Mutex
+	track    bool
+	durable  map[uint64][]byte // by inode, for files changed since their last sync
 }
 
 // Mount shows below at dir; needs root.
@@ -117,6 +127,15 @@ func (f *FS) Set(h Hook) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.hook, f.count = h, 0
+	f.durable = nil
+}
+
+// Track makes the filesystem remember what files were at their last sync, for
+// Verdict.Lose. Only small files should be changed then.
+func (f *FS) Track(on bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.track, f.durable = on, nil
 }
 
 // Count is the number of requests since Set.
@@ -226,11 +245,14 @@ func (n *node) Fsync(ctx context.Context, fh fs.FileHandle, flags uint32) syscal
 	if n.IsDir() {
 		k = SyncDir
 	}
-	if errno := n.simple(ctx, k, ""); errno != 0 {
-		return errno
+	v := n.f.before(ctx, Op{Kind: k, Name: n.rel()})
+	if h, ok := fh.(*file); ok && k == Sync {
+		if err := n.f.synced(h, v); err != nil {
+			return unix.EIO
+		}
 	}
 	// The tests do not cut the power: nothing need go to the disk.
-	return 0
+	return v.Err
 }
 
 func (n *node) Setattr(ctx context.Context, fh fs.FileHandle, in *fuse.SetAttrIn, out *fuse.AttrOut) syscall.Errno {
@@ -240,6 +262,7 @@ func (n *node) Setattr(ctx context.Context, fh fs.FileHandle, in *fuse.SetAttrIn
 		}
 	}
 	if h, ok := fh.(*file); ok {
+		defer n.f.change(h)()
 		fh = h.LoopbackFile
 	}
 	return n.LoopbackNode.Setattr(ctx, fh, in, out)
@@ -255,5 +278,6 @@ func (n *node) CopyFileRange(ctx context.Context, in fs.FileHandle, offIn uint64
 	if v.Err != 0 {
 		return 0, v.Err
 	}
+	defer n.f.change(dst)()
 	return n.LoopbackNode.CopyFileRange(ctx, src.LoopbackFile, offIn, out, dst.LoopbackFile, offOut, length, flags)
 }

@@ -73,6 +73,15 @@ func TestFaults(t *testing.T) {
 	if exit, _ := sh(`sync "$1"`); exit == 0 {
 		t.Error("a failed sync goes unnoticed")
 	}
+	f.Track(true)
+	at(faultfs.Sync, faultfs.Verdict{Err: unix.EIO, Lose: true})
+	if exit, _ := sh(`printf ab | dd of="$1" conv=notrunc status=none && sync "$1"`); exit == 0 {
+		t.Error("a failed sync goes unnoticed")
+	}
+	if b, err := os.ReadFile(filepath.Join(below, "file")); string(b) != "01234" {
+		t.Errorf("after a sync that lost what was written: %q, %v", b, err)
+	}
+	f.Track(false)
 	at(faultfs.Read, faultfs.Verdict{Kill: true})
 	if exit, out := sh(`cat "$1"; echo $?`); exit != 0 || !strings.Contains(out, "137") {
 		t.Errorf("killed: %d, %q", exit, out)

@@ -40,6 +40,7 @@ func (h *file) Read(ctx context.Context, buf []byte, off int64) (fuse.ReadResult
 
 func (h *file) Write(ctx context.Context, p []byte, off int64) (uint32, syscall.Errno) {
 	v := h.f.before(ctx, Op{Kind: Write, Name: h.name, Off: off, N: int64(len(p)), Grows: h.grows(off, int64(len(p)))})
+	defer h.f.change(h)()
 	switch {
 	case v.Short && len(p) > 1:
 		n, errno := h.LoopbackFile.Write(ctx, p[:len(p)/2], off)
@@ -61,6 +62,7 @@ func (h *file) Allocate(ctx context.Context, off, n uint64, mode uint32) syscall
 	if v := h.f.before(ctx, o); v.Err != 0 {
 		return v.Err
 	}
+	defer h.f.change(h)()
 	return h.LoopbackFile.Allocate(ctx, off, n, mode)
 }
 
