@@ -19,13 +19,14 @@ BUILD    := $(GO) build -trimpath -buildvcs=false -ldflags '-X $(MODULE)/interna
 GOLANGCI_VERSION := 2.15.0
 TOOLS    := $(CURDIR)/.tools
 
-.PHONY: build test check lint race crash soak fuzz bench bench-quick demo install deps clean help
+.PHONY: build test check lint race crash faults soak fuzz bench bench-quick demo install deps clean help
 
 help:
 	@echo 'make build        the tools, in bin/'
 	@echo 'make test         what the continuous integration runs (root: everything; others: what needs no root)'
 	@echo 'make check        gofmt, vet, golangci-lint (with the floors of the house), tests with -race'
 	@echo 'make crash        power cuts at every moment of all that changes a file: CRASH_STATES=$(CRASH_STATES) states'
+	@echo 'make faults       every command with every fault at every operation (half an hour)'
 	@echo 'make soak         1,000 programs on one image; a mounted guest under load for SOAKTIME=$(SOAKTIME)'
 	@echo 'make fuzz         every fuzz target for FUZZTIME=$(FUZZTIME)'
 	@echo 'make bench        speed beside qemu-storage-daemon and the bare file (bench-quick: minutes less)'
@@ -55,6 +56,10 @@ race:
 crash:
 	scripts/deps test
 	CRASH_STATES=$(CRASH_STATES) scripts/crash
+
+faults:
+	scripts/deps test
+	IMAGESTACK_REQUIRE=all $(GO) test ./test -count=1 -timeout 4h -v -run '^TestFaultMatrix$$' -matrix.full
 
 soak:
 	scripts/deps test bench
