@@ -62,6 +62,9 @@ type DumpIdentity struct {
 	End int64 `json:"end"`
 	// MTime is the modification time in nanoseconds since 1970.
 	MTime int64 `json:"mtime"`
+	// Shared tells that another program may have been writing to the image:
+	// the dump is what a power cut would have left at that moment.
+	Shared bool `json:"shared,omitempty"`
 }
 
 // metaRange is a range that goes into a dump.
@@ -79,11 +82,16 @@ type Dumped struct {
 	layer layers.Layer
 	rel   *open.Related
 	meta  []metaRange
+	sum   []byte // of a shared image: of the metadata when nobody changed it
 }
 
 // OpenDump opens the image at path, alone and for reading, and finds its
 // metadata. A damaged image cannot be dumped.
-func OpenDump(ctx context.Context, path string, o open.Options) (_ *Dumped, err error) {
+func OpenDump(ctx context.Context, path string, o open.Options) (*Dumped, error) {
+	return openDump(ctx, path, o, false)
+}
+
+func openDump(ctx context.Context, path string, o open.Options, share bool) (_ *Dumped, err error) {
 	t, err := open.Follow(ctx, path, o)
 	if err != nil {
 		return nil, err
@@ -100,7 +108,11 @@ func OpenDump(ctx context.Context, path string, o open.Options) (_ *Dumped, err 
 		f, _, err := d.rel.Open("data file", name)
 		return f, err
 	}}
-	d.f, err = openLocked(img.Path, false)
+	if share {
+		d.f, err = backend.Open(img.Path, backend.Options{})
+	} else {
+		d.f, err = openLocked(img.Path, false)
+	}
 	if err == nil {
 		switch img.Format {
 		case "qcow2":

@@ -70,5 +70,5 @@ func (d *Dumped) WriteJSON(ctx context.Context, out io.Writer) error {
 		}
 	}
 	fmt.Fprintf(w, "]}\n")
-	return w.Flush()
+	return errors.Join(w.Flush(), d.Unchanged(ctx))
 }

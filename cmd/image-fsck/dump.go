@@ -5,10 +5,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/internal/cli"
+	"github.com/imagestack/imagestack/layers"
 )
 
 // dump writes the metadata of an image to a file or, as JSON, to stdout.
@@ -16,13 +18,12 @@ func (r *run) dump(ctx context.Context) (err error) {
 	if err := r.isolate(false); err != nil {
 		return err
 	}
-	d, err := fsck.OpenDump(ctx, r.Images[0], r.options().Open)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, d.Close()) }()
 	if r.DumpJSON {
-		return d.WriteJSON(ctx, r.stdout)
+		d, err := r.openDump(ctx)
+		if err != nil {
+			return err
+		}
+		return errors.Join(d.WriteJSON(ctx, r.stdout), d.Close())
 	}
 	// The keeper makes the file and, when it is complete, puts it in its place.
 	fd, err := r.keeper.AskFile(ctx, assistRequest{Act: actDump}, nil, -1)
@@ -31,14 +32,52 @@ func (r *run) dump(ctx context.Context) (err error) {
 	}
 	f := os.NewFile(uintptr(fd), r.Dump)
 	defer f.Close() // after an error; what was written is not used then
-	w := bufio.NewWriterSize(f, 256<<10)
-	if err := errors.Join(d.Write(ctx, w), w.Flush()); err != nil {
-		return err
+	for try := 1; ; try++ {
+		again, err := r.writeDump(ctx, f)
+		if err == nil {
+			break
+		}
+		if !again || try == dumpTries {
+			return err
+		}
+		if _, err := f.Seek(0, io.SeekStart); err != nil {
+			return err
+		}
+		if err := f.Truncate(0); err != nil {
+			return err
+		}
 	}
 	if err := f.Close(); err != nil {
 		return err
 	}
 	return r.keeper.Ask(ctx, assistRequest{Act: actDumpDone}, nil)
+}
+
+// dumpTries is how often the dump of an image that is in use is begun.
+const dumpTries = 5
+
+// openDump opens the image as the flags say.
+func (r *run) openDump(ctx context.Context) (*fsck.Dumped, error) {
+	if r.ForceShare {
+		return fsck.OpenDumpShared(ctx, r.Images[0], r.options().Open)
+	}
+	d, err := fsck.OpenDump(ctx, r.Images[0], r.options().Open)
+	if errors.Is(err, layers.ErrInUse) {
+		err = cli.WithHint(err, "another program holds the image; --force-share dumps what is on the disk now, as a power cut would leave it")
+	}
+	return d, err
+}
+
+// writeDump reports whether another try may do better.
+func (r *run) writeDump(ctx context.Context, f *os.File) (again bool, err error) {
+	d, err := r.openDump(ctx)
+	if err != nil {
+		return false, err
+	}
+	defer func() { err = errors.Join(err, d.Close()) }()
+	w := bufio.NewWriterSize(f, 256<<10)
+	err = errors.Join(d.Write(ctx, w), w.Flush(), d.Unchanged(ctx))
+	return errors.Is(err, fsck.ErrUnstable), err
 }
 
 // restore puts a dump back.

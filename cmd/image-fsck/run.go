@@ -98,6 +98,8 @@ func (r *run) check() error {
 		return errors.New("--restore and --guest are for -n or -y")
 	case r.UID != "" && (modes > 0 && !r.No || r.UndoApply != ""):
 		return errors.New("--uid is for checks that change nothing: what is changed would belong to that user")
+	case r.ForceShare && r.Dump == "" && !r.DumpJSON:
+		return errors.New("--force-share is for --dump and --dump-json")
 	case r.No && r.Undo != "":
 		return errors.New("--undo is of no use with -n")
 	case r.Compat != "" && len(r.Images) != 1:

@@ -79,11 +79,23 @@ func TestLinks(t *testing.T) {
 			qemu(t, "rebase -u -b top.qcow2 -F qcow2 top.qcow2")
 			imgtest.Run(t, "rm", "base.qcow2")
 		}, nil, "stack.parent.cycle", 4, 1, 1, "-", "it is the base"},
-		{"wrong format", func(t *testing.T) { chain(t, "base.qcow2"); qemu(t, "create -q -f raw base.qcow2 1M"); old(t, "base.qcow2") }, nil,
+		{"wrong format", func(t *testing.T) {
+			chain(t, "base.qcow2")
+			qemu(t, "create -q -f raw base.qcow2 1M")
+			old(t, "base.qcow2")
+		}, nil,
 			"stack.parent.wrong-format", 4, 4, 4, "", "--backing-format FORMAT"},
-		{"wrong format, stated", func(t *testing.T) { chain(t, "base.qcow2"); qemu(t, "create -q -f raw base.qcow2 1M"); old(t, "base.qcow2") },
+		{"wrong format, stated", func(t *testing.T) {
+			chain(t, "base.qcow2")
+			qemu(t, "create -q -f raw base.qcow2 1M")
+			old(t, "base.qcow2")
+		},
 			[]string{"--backing-format", "raw"}, "stack.parent.wrong-format", 4, 4, 1, "base.qcow2 raw", "state raw"},
-		{"wrong format, stated wrongly", func(t *testing.T) { chain(t, "base.qcow2"); qemu(t, "create -q -f raw base.qcow2 1M"); old(t, "base.qcow2") },
+		{"wrong format, stated wrongly", func(t *testing.T) {
+			chain(t, "base.qcow2")
+			qemu(t, "create -q -f raw base.qcow2 1M")
+			old(t, "base.qcow2")
+		},
 			[]string{"--backing-format", "ploop"}, "stack.parent.wrong-format", 4, 4, 4, "", ""},
 		{"in doubt", func(t *testing.T) { chain(t, "base.qcow2"); qemu(t, "rebase -u -b base.qcow2 -F raw top.qcow2") }, nil,
 			"stack.parent.not-followed", 0, 0, 0, "", "--backing-format"},
