@@ -92,7 +92,7 @@ func check(ctx context.Context, format string, dir *layertest.Dir, worst fsck.Se
 	}
 	c, err := fsck.CheckerFor(format)
 	if err != nil {
-		return nil // TEMPORARY
+		return err
 	}
 	f, err := dir.Open(ImageFile, false)
 	if err != nil {
