@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/imgtest/mutate"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 	"github.com/imagestack/imagestack/layers/ploop"
@@ -60,20 +62,46 @@ func seeds(f *testing.F) [][]byte {
 		l, err := ploop.Open(ctx, m, layers.OpenOptions{Writable: true})
 		add(m, l, err)
 	}
-	return append(all, nil, []byte("raw"), []byte("KDMV"))
+	return all
 }
 
-// FuzzImage gives any bytes to the tools' entry: opening and reading them
-// ends, in bounded time, with content or an error, and changes nothing; so
-// does changing them, except that then the file may change.
-func FuzzImage(f *testing.F) {
-	for _, s := range seeds(f) {
-		f.Add(s, false)
-		f.Add(s, true)
+// fuzzFile is where the targets put their images: one file for each process,
+// in memory where that is possible.
+func fuzzFile(t testing.TB) string {
+	dir := "/dev/shm"
+	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
+		dir = os.TempDir()
 	}
-	f.Fuzz(func(t *testing.T, image []byte, change bool) {
+	path := filepath.Join(dir, fmt.Sprintf("imagestack-fuzz-%d", os.Getpid()))
+	t.Cleanup(func() { _ = os.Remove(path) })
+	return path
+}
+
+// FuzzImage gives images whose fields were damaged, and any bytes, to the
+// tools' entry: opening and reading them ends, in bounded time, with content
+// or an error, and changes nothing; so does changing them, except that then the
+// file may change.
+//
+// which is an image of seeds, whose fields the script changes; behind the
+// last one the script is the image.
+func FuzzImage(f *testing.F) {
+	images := seeds(f)
+	formats := []string{"qcow2", "qcow2", "qcow2", "qcow2", "ploop", "ploop"}
+	for i := range images {
+		for k := byte(0); k < 24; k++ {
+			f.Add(byte(i), []byte{0, k, k, 3 * k, 0, 40 + k, 6, k}, k&1 == 0)
+		}
+	}
+	f.Add(byte(255), []byte("raw"), false)
+	f.Add(byte(255), []byte("KDMV"), false)
+	f.Add(byte(255), images[0][:600], true)
+	path := fuzzFile(f)
+	f.Fuzz(func(t *testing.T, which byte, script []byte, change bool) {
 		ctx := context.Background()
-		path := filepath.Join(t.TempDir(), "image")
+		image := script
+		if int(which) < len(formats) {
+			image = mutate.Apply(formats[which], images[which], script)
+		}
 		if err := os.WriteFile(path, image, 0o600); err != nil {
 			t.Fatal(err)
 		}
