@@ -35,7 +35,7 @@ var formats = []format{
 	{"hibernation", swap.DetectSuspended, nil},
 	{"lvm2", lvm.Detect, nil}, // judged by judge.lvm
 	{"ntfs", ntfs.Detect, ntfs.Free},
-	{"exfat", magic(3, "EXFAT   "), nil},
+	{"exfat", fat.DetectExFAT, fat.FreeExFAT},
 	{"fat", fat.Detect, fat.Free},
 	{"bitlocker", magic(3, "-FVE-FS-"), nil},
 	{"luks", magic(0, "LUKS\xba\xbe"), nil},

@@ -65,8 +65,8 @@ type volume struct {
 	serial          uint64
 
 	mft, bitmap *file
-	marked      marks
-	owned       uint64 // clusters of all files so far
+	marked      *freespace.Window // bits of $Bitmap
+	owned       uint64            // clusters of all files so far
 }
 
 // Free is the freespace.Reader of NTFS.
@@ -187,7 +187,7 @@ func (v *volume) readBitmap() error {
 	if need := int64(v.clusters+7) / 8; v.bitmap.size < need || v.bitmap.size > need+8 || v.bitmap.initialized != v.bitmap.size {
 		return damaged("$Bitmap of %d bytes for %d clusters", v.bitmap.size, v.clusters)
 	}
-	v.marked = marks{f: v.bitmap}
+	v.marked = freespace.NewWindow(v.bitmap, v.bitmap.size)
 	return nil
 }
 

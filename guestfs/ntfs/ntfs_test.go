@@ -26,20 +26,9 @@ func mkfs(t testing.TB, size int64, args string) string {
 // mount mounts with ntfs-3g, which reads image files itself.
 func mount(t testing.TB, path string, options ...string) (dir string, umount func()) {
 	t.Helper()
-	imgtest.RequireFuse(t)
 	dir = t.TempDir()
-	imgtest.Run(t, "ntfs-3g", "-o", strings.Join(append([]string{"streams_interface=windows"}, options...), ","), path, dir)
-	mounted := true
-	umount = func() {
-		if mounted {
-			mounted = false
-			imgtest.Umount(t, dir)
-			// The server goes on for a moment, and has what is not yet written.
-			imgtest.Run(t, "flock", "-w", "10", path, "true")
-		}
-	}
-	t.Cleanup(umount)
-	return dir, umount
+	options = append([]string{"no_detach", "streams_interface=windows"}, options...)
+	return dir, guesttest.Serve(t, dir, "ntfs-3g", "-o", strings.Join(options, ","), path, dir)
 }
 
 // oracle is what ntfsclone leaves out: it reads $Bitmap and compares it with

@@ -102,44 +102,6 @@ func (v *volume) checkLog() error {
 
 func blank(b []byte, with byte) bool { return bytes.Count(b, []byte{with}) == len(b) }
 
-// marks looks bits of $Bitmap up through a window of pages.
-type marks struct {
-	f     *file
-	pages [256]markPage
-}
-
-type markPage struct {
-	number int64 // plus one; 0 is none
-	b      []byte
-}
-
-const markBytes = 4096
-
-// all reports whether clusters lcn to lcn+n are marked as used.
-func (m *marks) all(lcn, n int64) (bool, error) {
-	for end := lcn + n; lcn < end; {
-		number := lcn / (markBytes * 8)
-		p := &m.pages[number%int64(len(m.pages))]
-		if p.number != number+1 {
-			if p.b == nil {
-				p.b = make([]byte, markBytes)
-			}
-			p.number = 0
-			if err := freespace.ReadAt(m.f, p.b[:min(markBytes, m.f.size-number*markBytes)], number*markBytes); err != nil {
-				return false, err
-			}
-			p.number = number + 1
-		}
-		base := number * markBytes * 8
-		to := min(end, base+markBytes*8)
-		if _, free := freespace.NextZeros(p.b, uint64(lcn-base), uint64(to-base)); free > 0 {
-			return false, nil
-		}
-		lcn = to
-	}
-	return true, nil
-}
-
 // walk reads the whole master file table.
 func (v *volume) walk() error {
 	rec, err := v.system(recordMFT)
@@ -205,7 +167,7 @@ func (v *volume) judgeRecord(b []byte, number int64, marked bool) error {
 			if r.lcn < 0 {
 				continue
 			}
-			ok, err := v.marked.all(r.lcn, r.n)
+			ok, err := v.marked.Ones(r.lcn, r.n)
 			if err != nil {
 				return err
 			}

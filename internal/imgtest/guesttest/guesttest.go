@@ -70,6 +70,23 @@ func Mount(t testing.TB, path string, options ...string) (dir string, umount fun
 	return dir, umount
 }
 
+// Loop attaches a loop device to path and returns its name and a function that
+// detaches it. At the end of the test it is detached in any case.
+func Loop(t testing.TB, path string) (device string, detach func()) {
+	t.Helper()
+	imgtest.RequireLoop(t)
+	device = strings.TrimSpace(string(imgtest.Run(t, "losetup", "-f", "--show", path)))
+	attached := true
+	detach = func() {
+		if attached {
+			attached = false
+			imgtest.Run(t, "losetup", "-d", device)
+		}
+	}
+	t.Cleanup(detach)
+	return device, detach
+}
+
 // Copy copies the image as it is at one moment, holes kept, and returns the
 // path of the copy. A mounted filesystem may write meanwhile: a copy that still
 // equals the image afterwards is that of the moment between the two readings.

@@ -1,7 +1,6 @@
 package guesttest
 
 import (
-	"strings"
 	"testing"
 
 	"github.com/imagestack/imagestack/internal/imgtest"
@@ -9,17 +8,17 @@ import (
 
 // VG is a volume group on one physical volume, which fills an image.
 type VG struct {
-	t   testing.TB
-	dev string
+	t     testing.TB
+	dev   string
+	Close func() // lets go of the image
 }
 
 // NewVG makes a volume group named vg in an image, with extents of 1 MiB.
 func NewVG(t testing.TB, path string) *VG {
 	t.Helper()
-	imgtest.RequireLoop(t)
 	imgtest.Require(t, "lvm")
-	v := &VG{t, strings.TrimSpace(string(imgtest.Run(t, "losetup", "-f", "--show", path)))}
-	t.Cleanup(v.Close)
+	dev, detach := Loop(t, path)
+	v := &VG{t, dev, detach}
 	v.Run("pvcreate", "-q", v.dev)
 	v.Run("vgcreate", "-q", "-s", "1M", "vg", v.dev)
 	return v
@@ -36,12 +35,4 @@ func (v *VG) Run(command string, args ...string) string {
 func (v *VG) Create(name string, args ...string) {
 	v.t.Helper()
 	v.Run("lvcreate", append([]string{"-q", "-an", "-Zn", "-Wn", "-n", name}, append(args, "vg")...)...)
-}
-
-// Close lets go of the image.
-func (v *VG) Close() {
-	if v.dev != "" {
-		imgtest.Run(v.t, "losetup", "-d", v.dev)
-		v.dev = ""
-	}
 }
