@@ -217,7 +217,8 @@ func (i *Image) Describe(ctx context.Context) (layers.Info, error) {
 }
 
 // WalkHost visits the header, the BAT with its padding, one RoleData range for
-// every run of neighbouring clusters, and what the format extension names.
+// every run of neighbouring clusters, and what the format extension names if it
+// is valid: that of an image that older software has written to is a leak.
 func (i *Image) WalkHost(ctx context.Context, visit func(layers.HostRange) error) error {
 	if err := visit(layers.HostRange{Len: headerSize, Role: layers.RoleHeader, Guest: -1}); err != nil {
 		return err
@@ -230,8 +231,9 @@ func (i *Image) WalkHost(ctx context.Context, visit func(layers.HostRange) error
 	}); err != nil {
 		return err
 	}
-	at := i.header().extension
-	if at == 0 {
+	h := i.header()
+	at := h.extension
+	if at == 0 || h.inUse != inUseV21 && (i.edit == nil || i.edit.keep == nil) {
 		return nil
 	}
 	ext, err := i.readExtension(at)

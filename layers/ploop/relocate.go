@@ -38,9 +38,12 @@ func (i *Image) Counted(ctx context.Context, visit func(off, n int64) error) err
 
 // Own visits every mapped cluster: nothing in an image shares one.
 func (i *Image) Own(ctx context.Context, off, n int64, visit func(blockmap.Extent) error) error {
+	if off < 0 || n < 0 || n > math.MaxInt64-off {
+		return blockmap.CheckRange(off, n)
+	}
 	start, end := off&^(i.h.cluster-1), min(off+n, i.h.size)
 	if start >= end {
-		return blockmap.CheckRange(off, n)
+		return nil
 	}
 	for e, err := range blockmap.All(ctx, i, start, min((end+i.h.cluster-1)&^(i.h.cluster-1), i.h.size)-start) {
 		if err != nil {

@@ -65,7 +65,10 @@ func addFree(free *roaring.Bitmap, used []uint64, from, base, to int64) {
 
 // empty reports whether no entry of the BAT is set.
 func (i *Image) empty() (bool, error) {
-	r, err := i.bat.next(0, max(i.h.entries, 1))
+	if i.h.entries == 0 {
+		return true, nil // a disk of no bytes
+	}
+	r, err := i.bat.next(0, i.h.entries)
 	for err == nil && r.host == 0 && r.idx+r.count < i.h.entries {
 		r, err = i.bat.next(r.idx+r.count, i.h.entries)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 
 	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/layers"
@@ -30,8 +31,8 @@ func (i *Image) Counted(ctx context.Context, visit func(off, n int64) error) err
 
 // Own visits what is stored.
 func (i *Image) Own(ctx context.Context, off, n int64, visit func(blockmap.Extent) error) error {
-	if err := blockmap.CheckRange(off, n); err != nil {
-		return err
+	if off < 0 || n < 0 || n > math.MaxInt64-off {
+		return blockmap.CheckRange(off, n)
 	}
 	end := min(off+n, i.size)
 	var last blockmap.Extent
