@@ -29,7 +29,7 @@ var hooked = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	_, self, _, _ := runtime.Caller(0)
-	build := exec.Command("go", "build", "-buildvcs=false", "-tags", "imagestack_testhook", "-o", dir+"/", "./cmd/mount-image", "./cmd/image-stack", "./cmd/image-fsck")
+	build := exec.Command("go", "build", "-buildvcs=false", "-tags", "imagestack_testhook", "-o", dir+"/", "./cmd/mount-image", "./cmd/image-stack", "./cmd/image-fsck", "./cmd/image-compact")
 	build.Dir = filepath.Dir(filepath.Dir(self))
 	out, err := build.CombinedOutput()
 	if err != nil {
@@ -116,6 +116,8 @@ func TestCompromisedParser(t *testing.T) {
 		{"repair", []string{"image-fsck", "-y"}, []string{"parse"}, []string{"parse read-image", "parse write-image"}},
 		{"repair, undo elsewhere", []string{"image-fsck", "-y", "--undo", t.TempDir()}, []string{"parse"}, []string{"parse read-image", "parse write-image"}},
 		{"dump", []string{"image-fsck", "--dump", filepath.Join(t.TempDir(), "dump")}, []string{"parse"}, []string{"parse read-image"}},
+		{"estimate", []string{"image-compact", "-n"}, []string{"parse"}, []string{"parse read-image"}},
+		{"compact", []string{"image-compact"}, []string{"parse"}, []string{"parse read-image", "parse write-image"}},
 		{"guest", []string{"image-fsck", "--guest"}, []string{"parse", "serve"}, []string{"parse read-image"}},
 		{"guest as nobody", []string{"image-fsck", "--guest", "--uid", "nobody"}, []string{"parse", "serve"}, []string{"parse read-image"}},
 		{"guest repair", []string{"image-fsck", "--guest", "-y"}, []string{"parse", "serve"}, []string{"parse read-image"}},
