@@ -126,7 +126,10 @@ func (j *job) estimate() error {
 	if err != nil {
 		return err
 	}
-	leaks, err := now.leaks(j.ctx, l)
+	leaks, err := now.leaks(j.ctx, l, j.t.path)
+	if err == nil && !j.t.pending {
+		err = j.plausible()
+	}
 	if err != nil {
 		return err
 	}
@@ -257,6 +260,11 @@ func (j *job) compact(resume bool) error {
 		return errors.Join(err, j.t.stack.Close())
 	}
 	begun, err := j.begin()
+	if err == nil && !resume {
+		if err = j.plausible(); err != nil {
+			begun = false
+		}
+	}
 	if err == nil {
 		err = j.run()
 	}
@@ -298,6 +306,25 @@ func (j *job) abandon() error {
 func fixedPlaces(l layers.HostSpace) bool {
 	f, ok := l.(interface{ FixedPlaces() bool })
 	return ok && f.FixedPlaces()
+}
+
+// fewLeaks is how many units may always be called leaks.
+const fewLeaks = 16
+
+// plausible refuses an image of which more is counted without a reference than
+// is in use. Then it is likely that a part of the map is gone without a trace,
+// and what looks like leaks is the disk. An interrupted run may leave as much.
+func (j *job) plausible() error {
+	u, err := takeUsage(j.ctx, j.t.layer, j.t.layer.Granule(), nil)
+	if err != nil {
+		return err
+	}
+	leaks, err := u.leaks(j.ctx, j.t.layer, j.t.path)
+	if err != nil || leaks <= fewLeaks*u.unit || leaks <= u.ideal() {
+		return err
+	}
+	return &layers.ImageError{Path: j.t.path, Layer: -1, Offset: -1, Field: "leaks", Value: leaks,
+		Err: fmt.Errorf("%w: more is counted without a reference than is in use, a part of the map may be lost", layers.ErrCorrupt)}
 }
 
 // begin reports whether the image lets itself be relocated.

@@ -75,8 +75,7 @@ func (u *usage) behind(off int64) int64 {
 }
 
 // leaks is the number of bytes that are counted and not used.
-func (u *usage) leaks(ctx context.Context, l layers.HostSpace) (int64, error) {
-	// All of it must be known before anything is dropped from u.
+func (u *usage) leaks(ctx context.Context, l layers.HostSpace, path string) (int64, error) {
 	var counted int64
 	rest := u.used.Clone()
 	err := l.Counted(ctx, func(off, n int64) error {
@@ -89,7 +88,7 @@ func (u *usage) leaks(ctx context.Context, l layers.HostSpace) (int64, error) {
 		return 0, err
 	}
 	if !rest.IsEmpty() {
-		return 0, &layers.ImageError{Path: "", Layer: -1, Offset: int64(rest.Minimum()) * u.unit, Field: "reference count",
+		return 0, &layers.ImageError{Path: path, Layer: -1, Offset: int64(rest.Minimum()) * u.unit, Field: "reference count",
 			Err: fmt.Errorf("%w: %d clusters are in use and not counted", layers.ErrCorrupt, rest.GetCardinality())}
 	}
 	return (counted - u.units()) * u.unit, nil

@@ -52,13 +52,8 @@ func (img *Image) BeginRelocation(ctx context.Context, step func(done, total int
 	if err := img.Sync(ctx); err != nil {
 		return err
 	}
-	h, err := img.header()
-	if err != nil {
+	if _, err := img.countedHeader(); err != nil {
 		return err
-	}
-	if h.Dirty() {
-		return img.corrupt(offIncompatible, "incompatible_features", h.Incompatible,
-			"the dirty bit is set, the reference counts may be wrong")
 	}
 	if !ed.started.Load() {
 		if err := ed.ref.load(); err != nil {
@@ -75,6 +70,20 @@ func (img *Image) BeginRelocation(ctx context.Context, step func(done, total int
 	}
 	ed.relocating, ed.census = true, census
 	return ed.prepare(ctx)
+}
+
+// countedHeader is the header of an image whose counts may be believed.
+func (img *Image) countedHeader() (*Header, error) {
+	h, err := img.header()
+	switch {
+	case err != nil:
+		return nil, err
+	case h.Dirty():
+		return nil, img.corrupt(offIncompatible, "incompatible_features", h.Incompatible, "the dirty bit is set, the reference counts may be wrong")
+	case h.Corrupt():
+		return nil, img.corrupt(offIncompatible, "incompatible_features", h.Incompatible, "the corrupt bit is set")
+	}
+	return h, nil
 }
 
 // relocator is the editor of an image for which BeginRelocation was called.
@@ -267,7 +276,7 @@ func (img *Image) Counted(ctx context.Context, visit func(off, n int64) error) e
 			return err
 		}
 	}
-	h, err := img.header()
+	h, err := img.countedHeader()
 	if err != nil {
 		return err
 	}

@@ -24,11 +24,13 @@ type hostCensus struct {
 // cluster of a pass.
 const censusBytes = 32 << 20
 
-// A word of the census: what a cluster is used for, above the number of
-// references.
+// A word of the census: what a cluster is used for, whether a guest cluster of
+// the active map is stored in it, and the number of references.
 const (
-	censusShift = 28
-	censusCount = 1<<censusShift - 1
+	censusShift  = 28
+	censusClassM = 0xf << censusShift
+	censusActive = 1 << 27
+	censusCount  = censusActive - 1
 )
 
 // censusClass is the use of a cluster; those of one class may share it. L1 and
@@ -171,13 +173,19 @@ func (img *Image) countRange(h layers.HostRange, first int64, words []uint32) er
 		switch {
 		case *w == 0:
 			*w = class
-		case *w&^censusCount != class:
+		case *w&censusClassM != class:
 			return img.corrupt(c<<img.clusterBits, h.Role.String(), nil,
 				"the cluster is also used as "+layers.Role(*w>>censusShift).String())
 		case *w&censusCount == censusCount:
 			return img.corrupt(c<<img.clusterBits, h.Role.String(), nil, "the cluster has too many references")
 		}
 		*w++
+		if h.Role == layers.RoleData && h.Guest >= 0 {
+			if *w&censusActive != 0 {
+				return img.corrupt(c<<img.clusterBits, h.Role.String(), nil, "several guest clusters are stored in it")
+			}
+			*w |= censusActive
+		}
 	}
 	return nil
 }
@@ -185,6 +193,7 @@ func (img *Image) countRange(h layers.HostRange, first int64, words []uint32) er
 // checkCopied checks that what the active map calls its own is.
 func (ed *editor) checkCopied(ctx context.Context, c *hostCensus) error {
 	img := ed.img
+	var pairs, plain int
 	judge := func(at int64, field string, off int64, copied bool) error {
 		single, err := ed.single(off)
 		switch {
@@ -197,7 +206,7 @@ func (ed *editor) checkCopied(ctx context.Context, c *hostCensus) error {
 		}
 		return nil
 	}
-	return img.eachL1(ctx, func(i, at int64, entry uint64) error {
+	err := img.eachL1(ctx, func(i, at int64, entry uint64) error {
 		if entry&^entryCopied == 0 {
 			return nil
 		}
@@ -209,12 +218,33 @@ func (ed *editor) checkCopied(ctx context.Context, c *hostCensus) error {
 			return err
 		}
 		return img.eachL2(ctx, table, i*img.l2Span, func(guest int64, e *l2Entry) error {
+			if img.extended && !e.isPacked && e.alloc|e.zero != 0 {
+				pairs++
+				if ed.likeEntry(uint64(e.zero)<<32 | uint64(e.alloc)) {
+					plain++
+				}
+			}
 			if e.isPacked || !e.hasHost {
 				return nil
 			}
 			return judge(table, "L2 entry", int64(e.host), e.copied)
 		})
 	})
+	if err == nil && pairs > 0 && plain == pairs {
+		err = img.corrupt(offIncompatible, "incompatible_features", img.hdr.Incompatible, "it says that L2 entries are extended, but the tables are plain ones")
+	}
+	return err
+}
+
+// likeEntry reports whether a subcluster bitmap looks like an entry of a plain
+// L2 table: then half of the disk would be taken for leaks.
+func (ed *editor) likeEntry(word uint64) bool {
+	e, bad := ed.img.parseL2(0, word, 1)
+	if bad != "" || e.isPacked || !e.copied || e.host == 0 || int64(e.host)>>ed.img.clusterBits >= ed.ref.hwm {
+		return false
+	}
+	n, err := ed.ref.count(int64(e.host) >> ed.img.clusterBits)
+	return err == nil && n > 0
 }
 
 // unknownOwner says what may own clusters without our knowing, "" for nothing.
