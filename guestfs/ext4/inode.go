@@ -14,9 +14,9 @@ const (
 	inodeExtents = 0x80000
 	// What no journal is: compressed, encrypted, sealed, a value of
 	// attributes, inside its inode.
-	inodeOther = 0x4 | 0x200 | 0x800 | 0x100000 | 0x200000 | 0x10000000
-	extentMagic  = 0xf30a
-	maxDepth     = 5
+	inodeOther  = 0x4 | 0x200 | 0x800 | 0x100000 | 0x200000 | 0x10000000
+	extentMagic = 0xf30a
+	maxDepth    = 5
 	// maxRuns bounds the pieces of a journal, and the blocks of its own map.
 	maxRuns = 1 << 16
 )
