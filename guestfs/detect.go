@@ -38,6 +38,8 @@ var formats = []format{
 	{"exfat", fat.DetectExFAT, fat.FreeExFAT},
 	{"fat", fat.Detect, fat.Free},
 	{"bitlocker", magic(3, "-FVE-FS-"), nil},
+	// On removable media BitLocker hides behind a FAT.
+	{"bitlocker", magic(424, "\x3b\xd6\x67\x49\x29\x2e\xd8\x4a\x83\x99\xf6\xa3\x39\xe3\xd0\x01"), nil},
 	{"luks", magic(0, "LUKS\xba\xbe"), nil},
 	{"md", magic(0, "\xfc\x4e\x2b\xa9"), nil},
 	{"md", magic(4096, "\xfc\x4e\x2b\xa9"), nil},
@@ -79,7 +81,34 @@ func signatures(r io.ReaderAt, size int64) ([]format, error) {
 	if tail {
 		found = append(found, format{name: "md"})
 	}
+	zfs, err := hasUberblock(r, size)
+	if err != nil {
+		return nil, err
+	}
+	if zfs {
+		found = append(found, format{name: "zfs"})
+	}
 	return found, nil
+}
+
+// hasUberblock looks for a member of a ZFS pool: the second half of its first
+// label is an array of uberblocks. The first 8 KiB of a label stay as they
+// were, so that another filesystem's superblock can be left there.
+func hasUberblock(r io.ReaderAt, size int64) (bool, error) {
+	const at, n, step, uberblock = 128 << 10, 128 << 10, 1 << 10, 0x00bab10c
+	if size < at+n {
+		return false, nil
+	}
+	b := make([]byte, n)
+	if err := freespace.ReadAt(r, b, at); err != nil {
+		return false, err
+	}
+	for ; len(b) >= step; b = b[step:] {
+		if binary.LittleEndian.Uint64(b) == uberblock || binary.BigEndian.Uint64(b) == uberblock {
+			return true, nil
+		}
+	}
+	return false, nil
 }
 
 // mdAtEnd looks for the superblocks of MD arrays that lie at the end, version

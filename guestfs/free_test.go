@@ -115,6 +115,11 @@ func TestFreeWholeDisk(t *testing.T) {
 			copy(b[0x10040:], "_BHRfS_M")
 			return b
 		}, freespace.Ambiguous},
+		{"in a pool", func() []byte {
+			b := bytes.Clone(ext)
+			copy(b[128<<10+5*1024:], "\x0c\xb1\xba\x00\x00\x00\x00\x00")
+			return b
+		}, freespace.Ambiguous},
 		{"in an array", func() []byte {
 			b := bytes.Clone(ext)
 			copy(b[len(b)-8192:], "\xfc\x4e\x2b\xa9")

@@ -142,6 +142,7 @@ var variants = []struct {
 	{"compressed", 128 << 20, "", "compress-force=zstd"},
 	{"no cow", 128 << 20, "", "nodatacow"},
 	{"quota", 128 << 20, "-R quota", ""},
+	{"metadata UUID", 128 << 20, "", ""},
 }
 
 func TestAgainstDumpTree(t *testing.T) {
@@ -150,6 +151,9 @@ func TestAgainstDumpTree(t *testing.T) {
 		t.Run(v.name, func(t *testing.T) {
 			t.Parallel()
 			path := mkfs(t, v.size, v.args)
+			if v.name == "metadata UUID" {
+				run(t, "btrfstune", "-m", path)
+			}
 			guesttest.Exact(t, path, "new", Free, oracle(t, path, v.size))
 			var options []string
 			if v.options != "" {

@@ -11,7 +11,8 @@
 // The second rule also catches copies of a filesystem that was mounted by a
 // driver that marks nothing, as ntfs-3g does.
 //
-// Nothing is replayed. A master file table whose own place takes more than one
+// Shadow copies need clusters that the volume calls free; with any, nothing is
+// judged. Nothing is replayed. A master file table whose own place takes more than one
 // record to describe is not followed, and refused.
 //
 // Memory is a window of the bitmap, a piece of the table and the runs of the
@@ -86,6 +87,9 @@ func Free(ctx context.Context, r io.ReaderAt, size int64, emit freespace.Emit) (
 		return info, err
 	}
 	if err := v.checkLog(); err != nil {
+		return info, err
+	}
+	if err := v.checkShadow(); err != nil {
 		return info, err
 	}
 	if err := v.readBitmap(); err != nil {

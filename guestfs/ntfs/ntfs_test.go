@@ -252,6 +252,8 @@ func TestRefusals(t *testing.T) {
 		{"torn record", func(b []byte) { record(b, recordBitmap)[510] ^= 1 }, freespace.Damaged},
 		{"not a record", func(b []byte) { copy(record(b, 64), "BAAD") }, freespace.Damaged},
 		{"deleted record", func(b []byte) { record(b, 64)[22] &^= 1 }, freespace.Damaged},
+		{"shadow copies", func(b []byte) { copy(b[shadowAt:], shadowID); b[shadowAt+shadowCatalog+2] = 1 }, freespace.Unsupported},
+		{"no shadow copies any more", func(b []byte) { copy(b[shadowAt:], shadowID) }, ""},
 		{"attribute list", func(b []byte) { attrAt(record(b, recordMFT), attrFileName)[0] = attrList }, freespace.Unsupported},
 	} {
 		b := bytes.Clone(base)
@@ -267,6 +269,21 @@ func TestRefusals(t *testing.T) {
 	}
 	_, _, err := guesttest.JudgeAt(bytes.NewReader(base), int64(len(base))-65536, Free)
 	guesttest.Refused(t, "truncated", err, freespace.Truncated)
+}
+
+// The files of shadow copies have their GUID in their names.
+func TestShadowFile(t *testing.T) {
+	guesttest.Require(t, "mkntfs", "ntfs-3g")
+	path := mkfs(t, 16<<20, "")
+	dir, umount := mount(t, path)
+	svi := dir + "/System Volume Information"
+	if err := os.MkdirAll(svi, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	guesttest.Write(svi, "{11111111-2222-3333-4444-555555555555}{3808876B-c176-4e48-b7ae-04046e6cc752}", 1, 10_000)
+	umount()
+	_, _, err := guesttest.Judge(t, path, Free)
+	guesttest.Refused(t, "a file of a shadow copy", err, freespace.Unsupported)
 }
 
 // A hibernated Windows is one by the content of its file, wherever else the

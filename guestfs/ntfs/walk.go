@@ -176,7 +176,15 @@ func (v *volume) judgeRecord(b []byte, number int64, marked bool) error {
 			}
 			v.owned += uint64(r.n)
 		}
-		if a.kind == attrFileName && isHiberfil(a.value) {
+		if a.kind != attrFileName {
+			continue
+		}
+		name, parent := fileName(a.value)
+		if strings.Contains(strings.ToLower(name), shadowName) {
+			return errShadow
+		}
+		// Into this file of the root directory Windows saves its memory.
+		if parent == recordRoot && strings.EqualFold(name, "hiberfil.sys") {
 			if err := v.checkHiberfil(rec); err != nil {
 				return err
 			}
@@ -185,15 +193,44 @@ func (v *volume) judgeRecord(b []byte, number int64, marked bool) error {
 	return nil
 }
 
-// isHiberfil recognises the name of the file in the root directory into which
-// Windows saves its memory.
-func isHiberfil(b []byte) bool {
+// Shadow copies (restore points, Volume Shadow Copy) have what the volume held
+// at some moment: of that, only what was overwritten since is in files of their
+// own; the rest is still where it was, also when the volume itself calls it
+// free by now. A header at a fixed place leads to their catalogue, and their
+// files have the same GUID in their names (libvshadow: volume header).
+const (
+	shadowAt      = 0x1e00
+	shadowID      = "\x6b\x87\x08\x38\x76\xc1\x48\x4e\xb7\xae\x04\x04\x6e\x6c\xc7\x52"
+	shadowCatalog = 48
+	shadowName    = "{3808876b-c176-4e48-b7ae-04046e6cc752}"
+)
+
+var errShadow = freespace.Refuse(freespace.Unsupported, "ntfs: the volume has shadow copies (restore points), which need more than its files: delete them, or let its Windows trim")
+
+// checkShadow refuses a volume with a catalogue of shadow copies.
+func (v *volume) checkShadow() error {
+	b := make([]byte, shadowCatalog+8)
+	if err := freespace.ReadAt(v.r, b, shadowAt); err != nil {
+		return err
+	}
+	if string(b[:len(shadowID)]) == shadowID && binary.LittleEndian.Uint64(b[shadowCatalog:]) != 0 {
+		return errShadow
+	}
+	return nil
+}
+
+// fileName is the name in an attribute of that kind, and the record of the
+// directory that it is in.
+func fileName(b []byte) (name string, parent int64) {
 	const nameAt = 66
-	if len(b) < nameAt || int64(binary.LittleEndian.Uint64(b)&(1<<48-1)) != recordRoot {
-		return false
+	if len(b) < nameAt {
+		return "", -1
 	}
 	n := int(b[64]) * 2
-	return n <= len(b)-nameAt && strings.EqualFold(decodeName(b[nameAt:][:n]), "hiberfil.sys")
+	if n > len(b)-nameAt {
+		return "", -1
+	}
+	return decodeName(b[nameAt:][:n]), int64(binary.LittleEndian.Uint64(b) & (1<<48 - 1))
 }
 
 // checkHiberfil refuses unless the file is certainly not one to resume from:

@@ -42,7 +42,10 @@ func Serve(t testing.TB, dir, name string, args ...string) (umount func()) {
 		mounted = false
 		imgtest.Umount(t, dir)
 		select {
-		case <-ended:
+		case err := <-ended:
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
 		case <-time.After(time.Minute):
 			_ = server.Process.Kill() // the test fails anyway
 			t.Errorf("%s does not end", name)
