@@ -74,7 +74,9 @@ func TestDeltas(t *testing.T) {
 	}
 }
 
-func le32(b []byte) uint32 { return uint32(b[0]) | uint32(b[1])<<8 | uint32(b[2])<<16 | uint32(b[3])<<24 }
+func le32(b []byte) uint32 {
+	return uint32(b[0]) | uint32(b[1])<<8 | uint32(b[2])<<16 | uint32(b[3])<<24
+}
 
 // TestDeltasOfPloop: bundles that ploop's own tools have made with snapshots
 // are clean, empty or with data in every delta; what -y leaves of a damaged

@@ -34,7 +34,11 @@ func (DescriptorChecker) Format() string { return "ploop-descriptor" }
 // Check implements fsck.Checker.
 func (DescriptorChecker) Check(ctx context.Context, f backend.File, o fsck.Options, sink fsck.Sink) (fsck.Stats, error) {
 	d := descriptor{ctx: ctx, f: f, o: o, sink: sink, stats: fsck.Stats{Format: "ploop-descriptor"}}
-	b := make([]byte, maxDescriptor+1)
+	size, err := o.Reader(f).Size()
+	if err != nil {
+		return d.stats, err
+	}
+	b := make([]byte, min(size, maxDescriptor+1))
 	n, err := o.Reader(f).ReadAt(b, 0)
 	if err != nil && !errors.Is(err, io.EOF) {
 		return d.stats, err

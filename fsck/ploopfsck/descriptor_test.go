@@ -4,12 +4,17 @@ import (
 	"context"
 	"fmt"
 	"io/fs"
+	"math/rand/v2"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/fsck/ploopfsck"
+	"github.com/imagestack/imagestack/internal/imgtest/damage"
+	"github.com/imagestack/imagestack/layers/ploop"
 )
 
 const goodXML = `<?xml version="1.0"?>
@@ -102,8 +107,103 @@ func TestDescriptor(t *testing.T) {
 	}
 }
 
+// besides are the files beside a descriptor that is fuzzed: headers of images,
+// which is all that is read of them.
+var besides = sync.OnceValue(func() map[string]*backend.Mem {
+	p := damage.NewPloop(2, 1<<20, 1)
+	small := damage.NewPloop(1, 1<<20, 1)
+	all := map[string]*backend.Mem{}
+	for name, b := range map[string][]byte{"root.hds": p.B, "root.hds.1": p.B, "left.hds": small.B, "note.txt": []byte("text")} {
+		all[name] = backend.NewMemBytes(name, b)
+	}
+	return all
+})
+
+// kept is a file that is not closed.
+type kept struct{ *backend.Mem }
+
+func (kept) Close() error { return nil }
+
+// repairXML checks and repairs a descriptor as often as a run does, and holds
+// what is promised of every one.
+func repairXML(t testing.TB, s string) {
+	t.Helper()
+	o := fsck.Options{
+		OpenFile: func(name string) (backend.File, error) {
+			if b := besides()[name]; b != nil {
+				return kept{b}, nil
+			}
+			return nil, fmt.Errorf("%s: %w", name, fs.ErrNotExist)
+		},
+		Siblings: func() ([]string, error) { return []string{"left.hds", "note.txt", "root.hds", "root.hds.1"}, nil },
+	}
+	for _, decide := range []fsck.Decide{fsck.DecidePreen, fsck.DecideAll} {
+		f := backend.NewMemBytes("DiskDescriptor.xml", []byte(s))
+		res, undo, _ := repair(t, ploopfsck.DescriptorChecker{}, f, decide, o)
+		for _, d := range res.Left.Findings {
+			if d.Fix != nil && decide(d.Finding) {
+				show(t, "left", res.Left)
+				t.Fatalf("a fix is left:\n%s\nof\n%s", f.Bytes(), s)
+			}
+		}
+		if res.Left.Worst() > res.Found.Worst() {
+			show(t, "found", res.Found)
+			show(t, "left", res.Left)
+			t.Fatalf("worse than before:\n%s\nof\n%s", f.Bytes(), s)
+		}
+		if res.Left.Worst() <= fsck.Note {
+			if _, err := ploop.ParseDescriptor(f.Bytes()); err != nil {
+				t.Fatalf("clean, and refused: %v\n%s", err, f.Bytes())
+			}
+		}
+		restored(t, f, undo, res, []byte(s))
+	}
+}
+
 func FuzzDescriptor(f *testing.F) {
 	f.Add(goodXML)
 	f.Add("<a/>")
-	f.Fuzz(func(t *testing.T, s string) { checkXML(t, s) })
+	for _, c := range []string{"<Disk_size>2048", "<End>2048", "<TopGUID>{5fb", "<ParentGUID>{0", "<File>root.hds.1", "<Type>Comp"} {
+		f.Add(strings.Replace(goodXML, c, c+"x", 1))
+		f.Add(strings.Replace(goodXML, c, "", 1))
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if len(s) <= 8<<10 {
+			repairXML(t, s)
+		}
+	})
+}
+
+// TestDescriptorRandom is a short walk over what FuzzDescriptor covers:
+// elements that are left out, doubled, or exchanged.
+func TestDescriptorRandom(t *testing.T) {
+	rnd := rand.New(rand.NewPCG(7, 2026))
+	parts := strings.SplitAfter(goodXML, ">")
+	for n := range 3000 {
+		p := slices.Clone(parts)
+		for range 1 + rnd.IntN(3) {
+			i, k := rnd.IntN(len(p)), rnd.IntN(len(p))
+			switch rnd.IntN(5) {
+			case 0:
+				p = slices.Delete(p, i, i+1)
+			case 1:
+				p = slices.Insert(p, i, p[k])
+			case 2:
+				p[i], p[k] = p[k], p[i]
+			case 3:
+				p[i] = p[k]
+			case 4:
+				if p[i] == "" {
+					continue
+				}
+				b := []byte(p[i])
+				b[rnd.IntN(len(b))] = "0123456789{}<>/ xA-"[rnd.IntN(19)]
+				p[i] = string(b)
+			}
+		}
+		s := strings.Join(p, "")
+		if !t.Run(fmt.Sprint(n), func(t *testing.T) { repairXML(t, s) }) {
+			return
+		}
+	}
 }

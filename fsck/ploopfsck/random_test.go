@@ -52,7 +52,7 @@ func hurt(t testing.TB, kind uint8, changes []byte) {
 	}
 	f := backend.NewMemBytes("image", p.B)
 	ctx := context.Background()
-	small := fsck.Options{Memory: 1 << 20}
+	small := fsck.Options{Memory: 1 << 20, Parent: kind&16 != 0}
 	if _, err := fsck.CheckFile(ctx, f, "ploop"); err != nil {
 		t.Fatal(err)
 	}
@@ -138,7 +138,7 @@ func compareUndamaged(t testing.TB, got, want, sound, hurt []byte, lost []blockm
 func TestRandomDamage(t *testing.T) {
 	rnd := rand.New(rand.NewPCG(4, 2026))
 	for n := range 400 {
-		kind := uint8(rnd.IntN(16))
+		kind := uint8(rnd.IntN(32))
 		changes := make([]byte, 2*(1+rnd.IntN(4)))
 		for i := range changes {
 			changes[i] = byte(rnd.Uint32())
