@@ -31,6 +31,9 @@ const (
 	hostileRSS  = 256 << 20
 	hostileCPU  = 5 * time.Second
 	hostileWall = 5 * time.Minute
+	// A repair may have to write as much as tables of 32 MiB name.
+	repairCPU  = 30 * time.Second
+	repairWall = 300 * time.Second
 )
 
 // Every tool on every hostile image: the documented exit code, one message,
@@ -180,7 +183,11 @@ func (r *hostileRun) message(program string, exit int, stdout, stderr string) {
 
 // start runs a program within the limits.
 func (r *hostileRun) start(program string, args ...string) (exit int, stdout, stderr string) {
-	ctx, cancel := context.WithTimeout(context.Background(), hostileWall)
+	wall, most := hostileWall, hostileCPU
+	if r.tool == hostile.Repair {
+		wall, most = repairWall, repairCPU
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), wall)
 	defer cancel()
 	// Twice the time is the end. (Not the limit itself: how much it was is told.)
 	limit := fmt.Sprintf("--cpu=%d", 2*hostileCPU/time.Second)
@@ -193,11 +200,11 @@ func (r *hostileRun) start(program string, args ...string) (exit int, stdout, st
 	cmd.WaitDelay = 5 * time.Second
 	_ = cmd.Run()
 	if ctx.Err() != nil || cmd.ProcessState == nil {
-		r.errorf("%q: still running after %v", args, hostileWall)
+		r.errorf("%q: still running after %v", args, wall)
 		return -1, "", ""
 	}
 	usage := cmd.ProcessState.SysUsage().(*syscall.Rusage)
-	if cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(); cpu > hostileCPU && !raceEnabled {
+	if cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(); cpu > most && !raceEnabled {
 		r.errorf("%q: %v of processor time", args, cpu)
 	}
 	r.memory(usage.Maxrss << 10)

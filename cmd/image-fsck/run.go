@@ -31,6 +31,7 @@ type run struct {
 }
 
 func (r *run) do(ctx context.Context) error {
+	limitMemory(int64(r.Memory))
 	err := r.check()
 	if err == nil {
 		err = r.lookUser()

@@ -43,7 +43,7 @@ func (c *check) bitmaps() {
 		c.bitmapClusters()
 		return
 	}
-	c.claims, c.bmRefs = c.claimsBefore, nil
+	c.claims, c.bmRefs, c.bmDirs = c.claimsBefore, nil, nil
 	if c.found(codeBmDir, place, "bitmap directory", nil, text, full("drop all bitmaps")) {
 		c.dropExtension(extBitmaps)
 		h.autoclear &^= autoclearBitmaps
@@ -55,7 +55,7 @@ func (c *check) bitmaps() {
 
 // bitmapDirectory walks the directory; text says what makes it unusable.
 func (c *check) bitmapDirectory(e *extension) (place int64, text string) {
-	c.claimsBefore = claims{list: append([]claim(nil), c.claims.list...)}
+	c.claimsBefore = c.claims.clone()
 	if len(e.data) < bitmapsExtLen {
 		return e.off, "the extension is too short"
 	}
@@ -128,28 +128,38 @@ func (c *check) bitmapNeed(granularity uint8) uint64 {
 // bmRef is an entry of a bitmap's table that names a cluster.
 type bmRef struct {
 	cluster int64
-	at, dir int64 // of the entry, and of the bitmap's directory entry
-	entry   uint64
-	flags   uint32
+	at      int64 // of the entry
+	bitmap  int32 // index in check.bmDirs
 }
 
-// maxBmRefs bounds the clusters of all bitmaps together: 2 GiB of bits with the
+// bmDir is the place of a bitmap's directory entry, and its flags.
+type bmDir struct {
+	at    int64
+	flags uint32
+}
+
+// maxBmRefs bounds the clusters of all bitmaps together: 1 GiB of bits with the
 // smallest clusters.
-const maxBmRefs = 4 << 20
+const maxBmRefs = 2 << 20
 
 // bitmapTable judges the entries of one table by themselves and collects those
 // that name a cluster. dir is the place of its directory entry.
 func (c *check) bitmapTable(dir, off, n int64, flags uint32) {
+	c.bmDirs = append(c.bmDirs, bmDir{dir, flags})
 	buf := make([]byte, min(n*8, 64<<10))
 	for pos := int64(0); pos < n*8 && c.failed() == nil; {
 		b := buf[:min(int64(len(buf)), n*8-pos)]
 		c.read(b, off+pos)
 		for i := 0; i < len(b); i += 8 {
-			r := bmRef{at: off + pos + int64(i), dir: dir, entry: be64(b[i:]), flags: flags}
-			host := r.entry & entryOffset
+			entry := be64(b[i:])
+			if entry == 0 {
+				continue
+			}
+			r := bmRef{at: off + pos + int64(i), bitmap: int32(len(c.bmDirs) - 1)}
+			host := entry & entryOffset
 			r.cluster = int64(host >> c.bits)
 			switch {
-			case r.entry&^(entryOffset|1) != 0 || host != 0 && r.entry&1 != 0:
+			case entry&^(entryOffset|1) != 0 || host != 0 && entry&1 != 0:
 				c.badBitmapEntry(&r, "reserved bits are set")
 			case host == 0:
 			case host&uint64(c.cs-1) != 0:
@@ -188,15 +198,19 @@ func (c *check) bitmapClusters() {
 			}
 		}
 	}
-	c.bmRefs = nil
-	c.claims.list = append(c.claims.list, claimed...)
-	slices.SortFunc(c.claims.list, func(a, b claim) int { return cmp.Compare(a.first, b.first) })
+	c.bmRefs, c.bmDirs = nil, nil
+	for _, r := range claimed {
+		c.claims.insert(r.first, r.n, r.what)
+	}
 }
 
 // badBitmapEntry reports an entry that cannot be.
 func (c *check) badBitmapEntry(r *bmRef, text string) {
-	if c.found(codeBmEntry, r.at, "bitmap table entry", r.entry, text, full("clear it and mark the bitmap as inconsistent")) {
+	var entry [8]byte
+	c.read(entry[:], r.at)
+	if c.found(codeBmEntry, r.at, "bitmap table entry", be64(entry[:]), text, full("clear it and mark the bitmap as inconsistent")) {
 		c.put64(fsck.PhaseMap, r.at, 0)
-		c.planned(c.plan.Write(fsck.PhaseMap, r.dir+12, binary.BigEndian.AppendUint32(nil, r.flags|bitmapInUse)))
+		dir := c.bmDirs[r.bitmap]
+		c.planned(c.plan.Write(fsck.PhaseMap, dir.at+12, binary.BigEndian.AppendUint32(nil, dir.flags|bitmapInUse)))
 	}
 }

@@ -34,17 +34,30 @@ const (
 
 	mid16   = 16 - numFlags // bits of the count
 	mid32   = 32 - numFlags
-	pageFix = 96 // what a page takes besides its cells
+	pageFix = 64 // what a page takes besides its cells
 )
 
 var stateFlags = [4]uint8{0, usual, fMeta, fPlain}
 
 type cellPage struct {
-	mu  sync.Mutex
-	two []byte
-	w16 []uint16
-	w32 []uint32
+	mu   sync.Mutex
+	used int32                // cells that are not free, while two is in use
+	two  *[pageCells / 4]byte // not to be changed when it is shared
+	w16  *[pageCells]uint16
+	w32  *[pageCells]uint32
 }
+
+// freePage and usualPage are shared by all pages of which every cell is free,
+// or is in the usual state. Most pages of a large image are.
+var freePage = new([pageCells / 4]byte)
+
+var usualPage = func() *[pageCells / 4]byte {
+	var p [pageCells / 4]byte
+	for i := range p {
+		p[i] = stateUsual * 0x55
+	}
+	return &p
+}()
 
 func (p *cellPage) get(i int) (n uint32, fl uint8) {
 	switch {
@@ -62,9 +75,33 @@ func (p *cellPage) get(i int) (n uint32, fl uint8) {
 	return v & (1<<mid32 - 1), uint8(v >> mid32)
 }
 
+func (p *cellPage) shared() bool { return p.two == usualPage || p.two == freePage }
+
+// own makes two a copy of the page's own.
+func (p *cellPage) own() {
+	if p.shared() {
+		two := *p.two
+		p.two = &two
+	}
+}
+
+// bytes is what the cells of the page take.
+func (p *cellPage) bytes() int64 {
+	switch {
+	case p.shared():
+		return 0
+	case p.two != nil:
+		return pageCells / 4
+	case p.w16 != nil:
+		return pageCells * 2
+	}
+	return pageCells * 4
+}
+
 // set stores a cell and returns by how many bytes the page has grown.
 func (p *cellPage) set(i int, n uint32, fl uint8) (grown int64) {
 	n = min(n, 1<<mid32-1) // a count that large is never right
+	before := p.bytes()
 	if p.two != nil {
 		s := -1
 		switch {
@@ -77,34 +114,71 @@ func (p *cellPage) set(i int, n uint32, fl uint8) (grown int64) {
 			}
 		}
 		if s >= 0 {
+			old := p.two[i/4] >> (i % 4 * 2) & 3
+			if int(old) == s {
+				return 0
+			}
+			p.own()
 			b := &p.two[i/4]
 			*b = *b&^(3<<(i%4*2)) | byte(s)<<(i%4*2)
-			return 0
+			switch {
+			case old == stateFree:
+				p.full(1)
+			case s == stateFree:
+				p.used--
+			}
+			return p.bytes() - before
 		}
-		w := make([]uint16, pageCells)
+		w := new([pageCells]uint16)
 		for k := range w {
 			if n, fl := p.get(k); n > 0 {
 				w[k] = uint16(fl)<<mid16 | uint16(n)
 			}
 		}
 		p.two, p.w16 = nil, w
-		grown += pageCells*2 - pageCells/4
 	}
 	if p.w16 != nil && n >= 1<<mid16 {
-		w := make([]uint32, pageCells)
+		w := new([pageCells]uint32)
 		for k := range w {
 			n, fl := p.get(k)
 			w[k] = uint32(fl)<<mid32 | n
 		}
 		p.w16, p.w32 = nil, w
-		grown += pageCells * 2
 	}
 	if p.w16 != nil {
 		p.w16[i] = uint16(fl)<<mid16 | uint16(n)
 	} else {
 		p.w32[i] = uint32(fl)<<mid32 | n
 	}
-	return grown
+	return p.bytes() - before
+}
+
+// full notes that n free cells are in use now, and shares the page if it is one
+// like most.
+func (p *cellPage) full(n int32) {
+	if p.used += n; p.used == pageCells && *p.two == *usualPage {
+		p.two = usualPage
+	}
+}
+
+// addUsual makes the cells [i, i+k) usual if that is quick: they are free. It
+// returns how many it did, and by how many bytes the page has grown.
+func (p *cellPage) addUsual(i, k int) (done int, grown int64) {
+	if p.two == nil || p.two == usualPage {
+		return 0, 0
+	}
+	before := p.bytes()
+	if k == pageCells && p.used == 0 {
+		p.two, p.used = usualPage, pageCells
+		return k, -before
+	}
+	for done+4 <= k && (i+done)%4 == 0 && p.two[(i+done)/4] == 0 {
+		p.own()
+		p.two[(i+done)/4] = stateUsual * 0x55
+		done += 4
+	}
+	p.full(int32(done))
+	return done, p.bytes() - before
 }
 
 // cells are the cells of a window [lo, hi) of clusters. hi falls when the
@@ -148,14 +222,14 @@ func (c *cells) page(no int64, create bool) *cellPage {
 	defer c.mu.Unlock()
 	if no < int64(len(c.dense)) {
 		if c.dense[no] == nil {
-			c.dense[no] = &cellPage{two: make([]byte, pageCells/4)}
-			c.used.Add(pageCells/4 + pageFix)
+			c.dense[no] = &cellPage{two: freePage}
+			c.used.Add(pageFix)
 		}
 		return c.dense[no]
 	}
 	if c.far[no] == nil {
-		c.far[no] = &cellPage{two: make([]byte, pageCells/4)}
-		c.used.Add(pageCells/4 + pageFix)
+		c.far[no] = &cellPage{two: freePage}
+		c.used.Add(pageFix)
 	}
 	return c.far[no]
 }
@@ -217,7 +291,7 @@ func (c *cells) shrink() {
 			continue
 		}
 		p.mu.Lock()
-		used += int64(len(p.two)+2*len(p.w16)+4*len(p.w32)) + pageFix
+		used += p.bytes() + pageFix
 		p.mu.Unlock()
 	}
 	c.used.Store(used)
@@ -283,10 +357,12 @@ func (c *cells) add(first, n int64, w uint32, fl uint8) int64 {
 		p.mu.Lock()
 		var grown int64
 		for j := i; j < i+k; j++ {
-			if p.two != nil && fl == usual && w == 1 && j%4 == 0 && j+4 <= i+k && p.two[j/4] == 0 {
-				p.two[j/4] = stateUsual * 0x55
-				j += 3
-				continue
+			if fl == usual && w == 1 && j%4 == 0 {
+				n, more := p.addUsual(j, i+k-j)
+				grown += more
+				if j += n; j == i+k {
+					break
+				}
 			}
 			have, hfl := p.get(j)
 			if hfl&fMeta != 0 && fl&fMeta == 0 {

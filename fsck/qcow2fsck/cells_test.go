@@ -30,6 +30,14 @@ func TestCells(t *testing.T) {
 			first := rng.Int64N(n)
 			ops = append(ops, op{first, min(1+rng.Int64N(400), n-first), []uint32{1, 1, 1, 2, 700}[rng.IntN(5)], kinds[rng.IntN(len(kinds))]})
 		}
+		if seed%2 == 1 { // whole pages in the usual state, some of them with metadata in it
+			ops = ops[:20+seed%10]
+			for at := int64(0); at < n; at += pageCells / 2 {
+				ops = append(ops, op{at, pageCells / 2, 1, usual})
+			}
+			first := rng.Int64N(n - 2*pageCells)
+			ops = append(ops, op{3 * pageCells, pageCells, 1, usual}, op{first, 2 * pageCells, 1, usual}, op{first + 7, 1, 1, fMeta})
+		}
 		for _, o := range ops {
 			for i := o.first; i < o.first+o.n; i++ {
 				if model[i].fl&fMeta != 0 && o.fl != fMeta {

@@ -25,7 +25,7 @@ func (Checker) Format() string { return "qcow2" }
 
 // Check implements fsck.Checker.
 func (Checker) Check(ctx context.Context, f backend.File, o fsck.Options, sink fsck.Sink) (fsck.Stats, error) {
-	c := &check{ctx: ctx, r: o.Reader(f), f: f, o: o, sink: sink, plan: o.Plan, fresh: map[int64]bool{}, kept: map[int64]bool{}}
+	c := &check{ctx: ctx, r: o.Reader(f), f: f, o: o, sink: sink, plan: o.Plan, fresh: map[int64]bool{}, kept: map[int64]bool{}, lookedAt: map[int64]bool{}}
 	c.stats.Format = "qcow2"
 	c.budget = o.Budget()
 	c.parallel = o.Parallel
@@ -55,10 +55,17 @@ type check struct {
 
 	claims       claims // what the header names, directly or through snapshots and bitmaps
 	bmRefs       []bmRef
+	bmDirs       []bmDir
 	claimsBefore claims  // without bitmaps
 	l1s          []l1    // tables to walk, the active one first
 	blocks       blocks  // the refcount table
 	suspects     []int64 // clusters of refcount blocks that do not look like any, sorted
+	suspected    bool    // they were looked for
+	lookedAt     map[int64]bool
+	countPart    atomic.Pointer[countPart]
+	zeros        []byte       // a cluster of zeros, not to be changed
+	asked        int          // clusters that counted looked at
+	decoded      atomic.Int64 // bytes that decodes produced
 
 	cells    *cells
 	first    bool  // the first window
@@ -207,6 +214,33 @@ func (c *check) read(b []byte, off int64) int {
 	return have
 }
 
+// dataAt returns where the file has data again, from off on; a hole is not
+// read. (What a plan writes never makes a table of a hole.)
+func (c *check) dataAt(off int64) int64 {
+	at, err := c.f.SeekData(off)
+	switch {
+	case errors.Is(err, io.EOF):
+		return 1<<63 - 1
+	case err != nil:
+		return off
+	}
+	return at
+}
+
+// isHole reports that all of [off, off+n) is in a hole of the file.
+func (c *check) isHole(off, n int64) bool {
+	return off >= 0 && n <= c.size && off <= c.size-n && c.dataAt(off) >= off+n
+}
+
+// readTable reads a table, which may be a hole.
+func (c *check) readTable(b []byte, off int64) {
+	if c.isHole(off, int64(len(b))) {
+		clear(b)
+		return
+	}
+	c.read(b, off)
+}
+
 // smallRead is the unit in which places that cannot be read are looked for.
 const smallRead = 4096
 
@@ -256,13 +290,13 @@ func (c *check) run() error {
 	if err := c.failed(); err != nil {
 		return err
 	}
-	c.survey()
 	c.first = true
+	counted := c.survey()
 	for lo := int64(0); ; {
-		if err := c.window(lo); err != nil {
+		if err := c.window(lo, counted); err != nil {
 			return err
 		}
-		c.first = false
+		c.first, counted = false, false
 		if lo = c.cells.hi.Load(); lo == 1<<63-1 {
 			break
 		}
@@ -271,15 +305,12 @@ func (c *check) run() error {
 	return c.failed()
 }
 
-// window counts and compares the clusters from lo on, as many as the memory
-// holds.
-func (c *check) window(lo int64) error {
+// begin starts a window with the metadata that is in it.
+func (c *check) begin(lo int64) error {
 	c.cells = newCells(lo, c.clusters, c.budget/2)
 	c.cursor = lo
 	c.cells.add(0, 1, 1, fMeta)
-	for _, r := range c.claims.list {
-		c.cells.add(r.first, r.n, 1, fMeta)
-	}
+	c.claims.all(func(r claim) { c.cells.add(r.first, r.n, 1, fMeta) })
 	for _, b := range c.blocks.table {
 		if b != 0 {
 			c.cells.add(int64(b>>c.bits), 1, 1, fMeta)
@@ -288,22 +319,43 @@ func (c *check) window(lo int64) error {
 	for _, g := range c.grown {
 		c.cells.add(g.cluster, 1, g.n, g.fl)
 	}
-	if err := c.eachBatch(false, func(list []tableRec) error {
+	return c.eachBatch(false, func(list []tableRec, _ bool) error {
 		for _, t := range list {
 			c.cells.add(t.cluster, 1, t.weight, fMeta)
 		}
 		return nil
-	}); err != nil {
+	})
+}
+
+// window counts and compares the clusters from lo on, as many as the memory
+// holds. counted says that the survey has counted them.
+func (c *check) window(lo int64, counted bool) error {
+	if !counted {
+		if err := c.begin(lo); err != nil {
+			return err
+		}
+		if err := c.walk(); err != nil {
+			return err
+		}
+	}
+	same, err := c.scan()
+	if err != nil {
 		return err
 	}
-	if err := c.walk(); err != nil {
-		return err
+	if c.odd() {
+		same = false
+		if err := c.look(); err != nil {
+			return err
+		}
 	}
-	if err := c.look(); err != nil {
-		return err
+	if !same {
+		if err := c.compare(); err != nil {
+			return err
+		}
 	}
-	if err := c.compare(); err != nil {
-		return err
+	c.stats.ImageEnd = c.counts.lastCluster << c.bits
+	if c.cells.hi.Load() == 1<<63-1 {
+		c.writeTable()
 	}
 	return c.failed()
 }

@@ -1,6 +1,7 @@
 package qcow2fsck
 
 import (
+	"bytes"
 	"encoding/binary"
 	"fmt"
 	"slices"
@@ -21,6 +22,9 @@ var expected = func() (t [256]uint64) {
 	}
 	return t
 }()
+
+// usualCounts are the 16-bit counts of usualPage.
+var usualCounts = bytes.Repeat([]byte{0, 1}, pageCells)
 
 // blockNumbers are the numbers of the refcount blocks of the window: those that
 // there are, and those that there should be. Ascending.
@@ -61,24 +65,41 @@ func (c *check) span(k int64) (from, to int64) {
 	return from, to
 }
 
-// readBlock reads block k, zeros where there is none.
-func (c *check) readBlock(k int64, b []byte) {
+// readBlock reads block k into b and returns it, or zeros, not to be changed,
+// where there is none or it is a hole.
+func (c *check) readBlock(k int64, b []byte) []byte {
 	if k < int64(len(c.blocks.table)) && c.blocks.table[k] != 0 {
-		c.read(b, int64(c.blocks.table[k]))
-		return
+		off := int64(c.blocks.table[k])
+		if c.blocks.made[k] || !c.isHole(off, c.cs) {
+			c.read(b, off)
+			return b
+		}
 	}
-	clear(b)
+	if c.zeros == nil {
+		c.zeros = make([]byte, c.cs)
+	}
+	return c.zeros
 }
 
 // diff calls do for the clusters [from, to) of block k whose count in b is not
 // that of the cells.
 func (c *check) diff(k int64, b []byte, from, to int64, do func(cluster int64, have, want uint64, fl uint8)) {
 	base := k * c.perBlock
+	empty := c.zeros != nil && &b[0] == &c.zeros[0]
 	for at := from; at < to; {
 		no := at / pageCells
 		n := min(to, (no+1)*pageCells) - at
 		p := c.cells.page(no, false)
+		if empty && (p == nil || p.two == freePage) {
+			at += n
+			continue
+		}
 		i, j := int(at%pageCells), int(at-base)
+		if n == pageCells && c.order == 4 && p != nil && p.two == usualPage && bytes.Equal(b[2*j:2*(j+pageCells)], usualCounts) {
+			at += n
+			c.counts.lastCluster = max(c.counts.lastCluster, at)
+			continue
+		}
 		for end := i + int(n); i < end; {
 			if c.order == 4 && i%4 == 0 && i+4 <= end {
 				want := uint64(0)
@@ -125,7 +146,59 @@ func (c *check) lastOf(p *cellPage, _ []byte, no, end int64, _ int) {
 // maxCount is the largest count of the image's width.
 func (c *check) maxCount() uint64 { return ^uint64(0) >> (64 - 1<<c.order) }
 
-// compare holds the counts of the image against the cells.
+// scan holds the counts of the image against the cells for the first time and
+// reports whether they are the same. It marks the cells whose owners are in
+// doubt because there are more of them than are counted.
+//
+// It also sees whether more clusters of the window are counted without a
+// reference than the map refers to. Then it is likely that a part of the map is
+// gone without a trace (an L1 table of zeros is a valid one) and what is called
+// leaks is the disk: it is not given back without its content being kept.
+func (c *check) scan() (same bool, err error) {
+	if c.blocks.unknown {
+		return false, c.failed()
+	}
+	same = !c.blocks.rebuild
+	doubts := !c.external && !c.blocks.rebuild && c.h.incompat&incompatDirty == 0
+	marked, leaked := 0, int64(0)
+	last := c.counts.lastCluster
+	b := make([]byte, c.cs)
+	ks := c.blockNumbers()
+	for i, k := range ks {
+		if err := c.failed(); err != nil {
+			return false, err
+		}
+		from, to := c.span(k)
+		if from >= to {
+			continue
+		}
+		b := c.readBlock(k, b)
+		inTable := k < int64(len(c.blocks.table)) && c.blocks.table[k] != 0
+		c.diff(k, b, from, to, func(cluster int64, have, want uint64, fl uint8) {
+			same = false
+			if want == 0 && have > 0 && cluster < c.clusters {
+				leaked++
+			}
+			doubt := want > c.maxCount() || fl&fPlain != 0 && have > 0 && have < want || fl&fPacked != 0 && have < want
+			if doubts && inTable && doubt && fl&fMeta == 0 && marked < maxDoubts {
+				c.cells.update(cluster, func(n uint32, fl uint8) (uint32, uint8) { return n, fl | fCross })
+				marked++
+			}
+		})
+		if i%64 == 0 {
+			c.sink.Progress(4, int64(i+1), int64(len(ks)))
+		}
+	}
+	if leaked > fewLeaks && leaked > c.counts.allocated {
+		c.mapLoss.Store(true)
+	}
+	if !same {
+		c.counts.lastCluster = last // a repair may free the last one
+	}
+	return same, c.failed()
+}
+
+// compare corrects the counts of the image by the cells.
 func (c *check) compare() error {
 	if c.blocks.unknown {
 		return nil
@@ -133,9 +206,6 @@ func (c *check) compare() error {
 	c.makeBlocks()
 	b := make([]byte, c.cs)
 	ks := c.blockNumbers()
-	if !c.mapLoss.Load() && c.leakedMost(ks, b) {
-		c.mapLoss.Store(true)
-	}
 	for i, k := range ks {
 		if err := c.failed(); err != nil {
 			return err
@@ -144,38 +214,12 @@ func (c *check) compare() error {
 		if from >= to {
 			continue
 		}
-		c.readBlock(k, b)
-		c.compareBlock(k, b, from, to)
+		c.compareBlock(k, c.readBlock(k, b), from, to)
 		if i%64 == 0 {
 			c.sink.Progress(4, int64(i+1), int64(len(ks)))
 		}
 	}
-	c.stats.ImageEnd = c.counts.lastCluster << c.bits
-	if c.cells.hi.Load() == 1<<63-1 {
-		c.writeTable()
-	}
 	return c.failed()
-}
-
-// leakedMost reports whether more clusters of the window are counted without a
-// reference than the map refers to. Then it is likely that a part of the map is
-// gone without a trace (an L1 table of zeros is a valid one) and what is called
-// leaks is the disk: it is not given back without its content being kept.
-func (c *check) leakedMost(ks []int64, b []byte) bool {
-	leaked := int64(0)
-	for _, k := range ks {
-		from, to := c.span(k)
-		if from >= to {
-			continue
-		}
-		c.readBlock(k, b)
-		c.diff(k, b, from, to, func(cluster int64, have, want uint64, _ uint8) {
-			if want == 0 && have > 0 && cluster < c.clusters {
-				leaked++
-			}
-		})
-	}
-	return leaked > fewLeaks && leaked > c.counts.allocated
 }
 
 // fewLeaks is how many clusters may always be called leaks.

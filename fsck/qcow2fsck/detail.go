@@ -29,9 +29,6 @@ type owner struct {
 
 // look finds the entries behind cells in which something is odd.
 func (c *check) look() error {
-	if c.external || !c.odd() {
-		return c.failed()
-	}
 	var mu sync.Mutex
 	var owners []owner
 	limit := max(int(c.budget/16/ownerBytes), 4096)
@@ -65,27 +62,11 @@ func (c *check) look() error {
 	return nil
 }
 
-// odd marks the cells whose owners are in doubt because there are more of them
-// than are counted, and reports whether the L2 tables have to be read again.
+// odd reports whether the L2 tables have to be read again, for the owners of
+// cells.
 func (c *check) odd() bool {
-	any := false
-	if !c.blocks.unknown && !c.blocks.rebuild && c.h.incompat&incompatDirty == 0 {
-		b := make([]byte, c.cs)
-		marked := 0
-		for _, k := range c.blockNumbers() {
-			from, to := c.span(k)
-			if k >= int64(len(c.blocks.table)) || c.blocks.table[k] == 0 || from >= to {
-				continue
-			}
-			c.readBlock(k, b)
-			c.diff(k, b, from, to, func(cluster int64, have, want uint64, fl uint8) {
-				doubt := want > c.maxCount() || fl&fPlain != 0 && have > 0 && have < want || fl&fPacked != 0 && have < want
-				if doubt && fl&fMeta == 0 && marked < maxDoubts {
-					c.cells.update(cluster, func(n uint32, fl uint8) (uint32, uint8) { return n, fl | fCross })
-					marked++
-				}
-			})
-		}
+	if c.external {
+		return false
 	}
 	for _, no := range c.cells.numbers(c.cells.lo / pageCells) {
 		p := c.cells.page(no, false)
@@ -95,12 +76,11 @@ func (c *check) odd() bool {
 		for i := range pageCells {
 			n, fl := p.get(i)
 			if fl&fCross != 0 || fl&fCopied != 0 && n > 1 || fl&fUncopied != 0 && n == 1 {
-				any = true
-				break
+				return true
 			}
 		}
 	}
-	return any
+	return false
 }
 
 // look collects the owners in doubt of one table, and mends COPIED flags.

@@ -68,6 +68,8 @@ func (c *check) judge(guest int64, entry, sub uint64) (entryAt, *badEntry) {
 			clean := entry &^ (entryCopied | 0x3f<<56&(1<<(62-(c.bits-8))-1))
 			if o, k := qcow2.DecodePacked(clean, c.bits); o != 0 && o < uint64(c.size) && c.decodes(o, k) {
 				*p = badEntry{code: codePackedBits, text: p.text, level: fsck.Preen, fixText: "clear the bits", entry: clean}
+			} else if o != 0 && o < uint64(c.size) {
+				p.keepOff, p.keepLen = int64(o), int64(k)
 			}
 			return e, p
 		case off == 0 || off >= uint64(c.size):
@@ -195,8 +197,15 @@ func (c *check) cutData(guest int64, entry, sub uint64) *badEntry {
 		fixText: "make the file longer", entry: entry, bits: sub, lose: true, loseOff: c.size - off, loseLen: c.cs - (c.size - off), grow: off + c.cs}
 }
 
+// maxDecoded is how many bytes are decompressed at most to see what damaged
+// descriptors of compressed clusters may mean.
+const maxDecoded = 512 << 20
+
 // decodes reports that the compressed cluster in [off, off+n) decodes.
 func (c *check) decodes(off uint64, n uint32) bool {
+	if c.decoded.Add(c.cs) > maxDecoded {
+		return false // what cannot be mended is kept, and this has to end
+	}
 	src := make([]byte, min(int64(n), 2*c.cs+1))
 	src = src[:c.read(src, int64(min(off, 1<<62)))]
 	return qcow2.Decompress(qcow2.CompressionType(c.h.ctype), src, make([]byte, c.cs)) == nil

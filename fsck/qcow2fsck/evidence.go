@@ -22,6 +22,9 @@ const (
 // impossible.
 func (c *check) looksLikeL1(off uint64, entries uint32) bool {
 	n := min(int64(entries)*8, 64<<10)
+	if c.isHole(int64(off), n) {
+		return true
+	}
 	b := make([]byte, n)
 	c.read(b, int64(off))
 	good, bad := 0, 0
@@ -72,13 +75,30 @@ func (c *check) garbage(b []byte) (good, bad int) {
 // file does not have it.
 func (c *check) rawCount(off int64, order uint, i int64) (v uint64, ok bool) {
 	bit := i << order
-	var b [8]byte
-	k := max(1<<order/8, 1)
-	if c.read(b[:k], off+bit/8) < k {
+	k := int64(max(1<<order/8, 1))
+	at := off + bit/8
+	part := c.countPart.Load()
+	if part == nil || at < part.off || at+k > part.off+int64(len(part.b)) {
+		// Neighbours are asked for next.
+		part = &countPart{off: at &^ (countPartBytes - 1), b: make([]byte, countPartBytes)}
+		part.b = part.b[:c.read(part.b, part.off)]
+		c.countPart.Store(part)
+	}
+	if at+k > part.off+int64(len(part.b)) {
 		return 0, false
 	}
+	b := part.b[at-part.off:]
 	return qcow2.Refcount(b[:k], order, int(bit%8>>order)), true
 }
+
+// countPart is a part of a refcount block as the image has it, as it was read
+// last: counts in it are not judged by those that a repair has planned.
+type countPart struct {
+	off int64
+	b   []byte
+}
+
+const countPartBytes = 4096
 
 // stored is the count of a cluster as the image has it; 0 where it has none.
 func (c *check) stored(cluster int64) uint64 {
@@ -90,10 +110,16 @@ func (c *check) stored(cluster int64) uint64 {
 	return v
 }
 
+// maxAsked is how many clusters counted looks at in a check.
+const maxAsked = 1 << 20
+
 // counted reports that the image counts references for all clusters of a
 // range. The table is not known yet when it is asked; it reads the header's.
 func (c *check) counted(off, n uint64) bool {
 	for cl := int64(off >> c.bits); cl <= int64((off+n-1)>>c.bits); cl++ {
+		if c.asked++; c.asked > maxAsked {
+			return false
+		}
 		var b [8]byte
 		if c.read(b[:], int64(min(c.h.rtOff, 1<<62))+cl/c.perBlock*8) < 8 {
 			return false
@@ -214,8 +240,13 @@ func (c *check) samplePacked(typ qcow2.CompressionType) int {
 }
 
 // suspect finds refcount blocks whose content is not that of one: if the map
-// claims their cluster too, the map is believed.
+// claims their cluster too, the map is believed. They are looked for when the
+// map first claims one.
 func (c *check) suspect() {
+	if c.suspected {
+		return
+	}
+	c.suspected = true
 	if c.order < 3 {
 		return // any content is possible
 	}
@@ -225,7 +256,7 @@ func (c *check) suspect() {
 		if off == 0 {
 			continue
 		}
-		c.read(b, int64(off))
+		c.readTable(b, int64(off))
 		high, used := 0, 0
 		for i := 0; i < int(c.perBlock); i++ {
 			if c.order == 4 && i%4 == 0 && be64(b[2*i:]) == 0x0001000100010001 {
@@ -257,13 +288,13 @@ func (c *check) isSuspect(cluster int64) bool {
 
 // dropBlock takes a refcount block that the map claims out of the table.
 func (c *check) dropBlock(cluster int64) {
-	for k, off := range c.blocks.table {
-		if off != 0 && int64(off>>c.bits) == cluster {
-			at := int64(c.blocks.off) + int64(k)*8
-			if c.found(codeRTMetadata, at, fmt.Sprintf("refcount table entry %d", k), off, "the map claims that cluster, and it does not hold counts", preen("make a new block")) {
-				c.put64(fsck.PhaseCounts, at, 0)
-			}
-			c.blocks.drop(k)
-		}
+	k, ok := c.blockAt(cluster)
+	if !ok {
+		return
 	}
+	at := int64(c.blocks.off) + int64(k)*8
+	if c.found(codeRTMetadata, at, fmt.Sprintf("refcount table entry %d", k), c.blocks.table[k], "the map claims that cluster, and it does not hold counts", preen("make a new block")) {
+		c.put64(fsck.PhaseCounts, at, 0)
+	}
+	c.blocks.drop(k)
 }

@@ -143,6 +143,9 @@ func (c *check) alloc(n int64, w uint32, fl uint8) (int64, bool) {
 				return at - n + 1, true
 			}
 		}
+		if n == 1 && counted {
+			c.cursor = hi // nothing is left
+		}
 		return 0, false
 	}
 	behind := func() (int64, bool, error) {

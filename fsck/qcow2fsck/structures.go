@@ -1,6 +1,7 @@
 package qcow2fsck
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"sort"
@@ -14,25 +15,77 @@ type claim struct {
 	what     string
 }
 
-// claims are runs that do not overlap, sorted.
-type claims struct{ list []claim }
+// claims are runs that do not overlap, sorted, in parts that keep the cost of
+// an insertion small: every snapshot and every bitmap claims something.
+type claims struct{ parts [][]claim }
+
+const maxClaimPart = 512
+
+// part is the index of the first part that reaches behind a cluster.
+func (l *claims) part(cluster int64) int {
+	return sort.Search(len(l.parts), func(i int) bool {
+		p := l.parts[i]
+		return p[len(p)-1].first+p[len(p)-1].n > cluster
+	})
+}
 
 // at returns the claim that overlaps [first, first+n).
 func (l *claims) at(first, n int64) *claim {
-	i := sort.Search(len(l.list), func(i int) bool { return l.list[i].first+l.list[i].n > first })
-	if i < len(l.list) && l.list[i].first < first+n {
-		return &l.list[i]
+	k := l.part(first)
+	if k == len(l.parts) {
+		return nil
+	}
+	p := l.parts[k]
+	i := sort.Search(len(p), func(i int) bool { return p[i].first+p[i].n > first })
+	if p[i].first < first+n {
+		return &p[i]
 	}
 	return nil
 }
 
 func (l *claims) insert(first, n int64, what string) {
-	i := sort.Search(len(l.list), func(i int) bool { return l.list[i].first > first })
-	l.list = slices.Insert(l.list, i, claim{first, n, what})
+	k := min(l.part(first), len(l.parts)-1)
+	if k < 0 {
+		l.parts = append(l.parts, []claim{{first, n, what}})
+		return
+	}
+	p := l.parts[k]
+	i := sort.Search(len(p), func(i int) bool { return p[i].first > first })
+	p = slices.Insert(p, i, claim{first, n, what})
+	l.parts[k] = p
+	if half := len(p) / 2; len(p) > maxClaimPart {
+		l.parts[k] = p[:half:half]
+		l.parts = slices.Insert(l.parts, k+1, slices.Clone(p[half:]))
+	}
 }
 
 func (l *claims) remove(first int64) {
-	l.list = slices.DeleteFunc(l.list, func(c claim) bool { return c.first == first })
+	k := l.part(first)
+	if k == len(l.parts) {
+		return
+	}
+	p := slices.DeleteFunc(l.parts[k], func(c claim) bool { return c.first == first })
+	if l.parts[k] = p; len(p) == 0 {
+		l.parts = slices.Delete(l.parts, k, k+1)
+	}
+}
+
+// all calls do for every claim, ascending.
+func (l *claims) all(do func(claim)) {
+	for _, p := range l.parts {
+		for _, c := range p {
+			do(c)
+		}
+	}
+}
+
+// clone is a copy that does not change with l.
+func (l *claims) clone() claims {
+	n := claims{}
+	for _, p := range l.parts {
+		n.parts = append(n.parts, slices.Clone(p))
+	}
+	return n
 }
 
 // claim takes the clusters of [off, off+n), whose off is on a cluster boundary,
@@ -97,16 +150,51 @@ type blocks struct {
 	rebuild  bool     // a new table has to be made
 	unknown  bool     // counts cannot be judged
 	gone     map[int]bool
-	made     map[int64]bool     // blocks of this repair
-	declined map[int64]bool     // blocks that nobody wants made
-	place    int64              // cluster of the new table, 0 for none
-	placeN   int64              // and its clusters
-	at       map[int64]struct{} // clusters of blocks, made when first asked for
+	made     map[int64]bool // blocks of this repair
+	declined map[int64]bool // blocks that nobody wants made
+	place    int64          // cluster of the new table, 0 for none
+	placeN   int64          // and its clusters
+	at       []blockPlace   // of the blocks, by cluster; made when first asked for
+}
+
+// blockPlace is the cluster that entry k of the refcount table names.
+type blockPlace struct {
+	cluster int64
+	k       int
+}
+
+// places are the places of all entries that are not 0, by cluster and entry.
+func (b *blocks) places(bits uint) []blockPlace {
+	n := 0
+	for _, off := range b.table {
+		n += int(b2i(off != 0))
+	}
+	all := make([]blockPlace, 0, n)
+	for k, off := range b.table {
+		if off != 0 {
+			all = append(all, blockPlace{int64(off >> bits), k})
+		}
+	}
+	slices.SortFunc(all, func(a, b blockPlace) int { return cmp.Or(cmp.Compare(a.cluster, b.cluster), cmp.Compare(a.k, b.k)) })
+	return all
+}
+
+// blockAt returns the entry of the refcount block that is in use at a cluster.
+func (c *check) blockAt(cluster int64) (k int, ok bool) {
+	t := &c.blocks
+	if t.at == nil {
+		t.at = t.places(c.bits)
+	}
+	i, ok := slices.BinarySearchFunc(t.at, cluster, func(p blockPlace, at int64) int { return cmp.Compare(p.cluster, at) })
+	if !ok || t.table[t.at[i].k] == 0 { // dropped meanwhile
+		return 0, false
+	}
+	return t.at[i].k, true
 }
 
 // drop takes a block out; a new one is made silently.
 func (b *blocks) drop(k int) {
-	b.table[k], b.at = 0, nil
+	b.table[k] = 0
 	if b.gone == nil {
 		b.gone = map[int]bool{}
 	}
@@ -176,7 +264,6 @@ func (c *check) refcountTable() {
 // else that the header names is known.
 func (c *check) refcountBlocks() {
 	t := &c.blocks
-	seen := map[uint64]int{}
 	for k, e := range t.table {
 		if e == 0 {
 			continue
@@ -215,13 +302,20 @@ func (c *check) refcountBlocks() {
 			bad(codeRTMetadata, "the block lies in "+cl.what)
 			continue
 		}
-		if other, ok := seen[off]; ok {
-			bad(codeRTShared, fmt.Sprintf("entry %d names the same block", other))
+	}
+	first := blockPlace{cluster: -1}
+	for _, p := range t.places(c.bits) {
+		if p.cluster != first.cluster {
+			first = p
 			continue
 		}
-		seen[off] = k
+		at := int64(t.off) + int64(p.k)*8
+		if c.found(codeRTShared, at, fmt.Sprintf("refcount table entry %d", p.k), t.table[p.k],
+			fmt.Sprintf("entry %d names the same block", first.k), preen("make a new block")) {
+			c.put64(fsck.PhaseCounts, at, 0)
+		}
+		t.drop(p.k)
 	}
-	c.suspect()
 }
 
 // openData opens the external data file.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/fsck"
 )
 
@@ -20,45 +21,88 @@ type tableRec struct {
 
 const recBytes = 24
 
+// maxRivals is how many L1 indexes that name the same table are looked at one
+// by one; the others are a crowd, so that an image in which millions of entries
+// name one table costs no more than another.
+const maxRivals = 16
+
+// crowd sums up the L1 entries of a table beyond its rivals.
+type crowd struct {
+	entries uint32
+	lo, hi  uint32 // their smallest and largest index
+	// Of the rivals: their indexes, and the smallest credit.
+	rivals []uint32
+	credit int
+}
+
 // tableList says how the L2 tables are to be gone through.
 type tableList struct {
-	bad map[int64]bool // clusters that are called L2 tables and are none
+	bad   map[int64]bool // clusters that are called L2 tables and are none
+	whole []tableRec     // all tables, when known
+	known bool           // they fit in the memory and are listed
+}
+
+// drop takes tables out of the list.
+func (t *tableList) drop(bad []tableRec) {
+	for i := range bad {
+		t.bad[bad[i].cluster] = true
+	}
+	t.whole = slices.DeleteFunc(t.whole, func(r tableRec) bool { return t.bad[r.cluster] })
 }
 
 // eachBatch calls do for all L2 tables, by ascending cluster, as many at a
-// time as the memory holds. report says that L1 entries are to be judged aloud.
-func (c *check) eachBatch(report bool, do func([]tableRec) error) error {
+// time as the memory holds; whole says that these are all. report says that L1
+// entries are to be judged aloud. Once it has gone through them as a whole the
+// L1 tables are not read again.
+func (c *check) eachBatch(report bool, do func(list []tableRec, whole bool) error) error {
 	if c.tables == nil {
 		c.tables = &tableList{bad: map[int64]bool{}}
+	}
+	if c.tables.known {
+		return do(c.tables.whole, true)
 	}
 	limit := int(max(c.budget/4/recBytes, 1024))
 	aloud := report // the first round judges all entries
 	for lo := int64(0); ; aloud = false {
 		hi := int64(1<<63 - 1)
 		var list []tableRec
+		crowds := map[int64]*crowd{}
+		next := min(limit, 1<<16) // records at which they are merged
 		for _, t := range c.l1s {
 			if err := c.eachL1(t, aloud, func(rec tableRec) {
 				if rec.cluster < lo || rec.cluster >= hi || c.tables.bad[rec.cluster] {
 					return
 				}
-				list = append(list, rec)
-				if len(list) < limit {
+				if w := crowds[rec.cluster]; w != nil && credit(&rec) <= w.credit && !slices.Contains(w.rivals, rec.idx) {
+					w.add(&rec)
 					return
 				}
-				if list = merge(list); len(list) > limit/2 {
+				list = append(list, rec)
+				if len(list) < next {
+					return
+				}
+				list = merge(list, crowds)
+				if len(list) > limit/2 {
 					hi = list[len(list)/2].cluster
 					k, _ := slices.BinarySearchFunc(list, hi, func(r tableRec, at int64) int { return cmp.Compare(r.cluster, at) })
-					if k == 0 { // one table with very many entries: damage
-						hi++
-						k = len(list)
-					}
 					list = list[:k]
+					for at := range crowds {
+						if at >= hi {
+							delete(crowds, at)
+						}
+					}
 				}
+				next = min(limit, 2*len(list)+1<<16)
 			}); err != nil {
 				return err
 			}
 		}
-		if err := do(c.settle(merge(list), report)); err != nil {
+		list = c.settle(merge(list, crowds), crowds, report)
+		whole := lo == 0 && hi == 1<<63-1
+		if whole {
+			c.tables.whole, c.tables.known = list, true
+		}
+		if err := do(list, whole); err != nil {
 			return err
 		}
 		if hi == 1<<63-1 {
@@ -68,11 +112,21 @@ func (c *check) eachBatch(report bool, do func([]tableRec) error) error {
 	}
 }
 
-// merge sorts a list and joins what names the same table from the same index.
-func merge(list []tableRec) []tableRec {
-	slices.SortFunc(list, func(a, b tableRec) int {
+func (w *crowd) add(r *tableRec) {
+	if w.entries == 0 {
+		w.lo, w.hi = r.idx, r.idx
+	}
+	w.entries += r.weight
+	w.lo, w.hi = min(w.lo, r.idx), max(w.hi, r.idx)
+}
+
+// merge sorts a list, joins what names the same table from the same index, and
+// leaves at most maxRivals records of each table, the most credible ones.
+func merge(list []tableRec, crowds map[int64]*crowd) []tableRec {
+	order := func(a, b tableRec) int {
 		return cmp.Or(cmp.Compare(a.cluster, b.cluster), cmp.Compare(a.idx, b.idx), cmp.Compare(a.owner, b.owner))
-	})
+	}
+	slices.SortFunc(list, order)
 	out := list[:0]
 	for _, r := range list {
 		if n := len(out); n > 0 && out[n-1].cluster == r.cluster && out[n-1].idx == r.idx {
@@ -82,13 +136,48 @@ func merge(list []tableRec) []tableRec {
 		}
 		out = append(out, r)
 	}
+	list, out = out, out[:0]
+	for i := 0; i < len(list); {
+		j := i + 1
+		for j < len(list) && list[j].cluster == list[i].cluster {
+			j++
+		}
+		group := list[i:j]
+		i = j
+		if len(group) > maxRivals {
+			slices.SortFunc(group, func(a, b tableRec) int {
+				return cmp.Or(cmp.Compare(credit(&b), credit(&a)), cmp.Compare(a.idx, b.idx))
+			})
+			w := crowds[group[0].cluster]
+			if w == nil {
+				w = new(crowd)
+				crowds[group[0].cluster] = w
+			}
+			for k := maxRivals; k < len(group); k++ {
+				w.add(&group[k])
+			}
+			group = group[:maxRivals]
+			w.rivals, w.credit = w.rivals[:0], credit(&group[maxRivals-1])
+			for k := range group {
+				w.rivals = append(w.rivals, group[k].idx)
+			}
+			slices.SortFunc(group, order)
+		}
+		out = append(out, group...)
+	}
 	return out
+}
+
+// credit says how credible it is that a table belongs to a record.
+func credit(r *tableRec) int {
+	return int(b2i(r.owner == 0)*2 + b2i(r.copied))
 }
 
 // settle leaves one record for each table. Tables that different indexes name
 // have one owner too many; COPIED flags are judged.
-func (c *check) settle(list []tableRec, report bool) []tableRec {
+func (c *check) settle(list []tableRec, crowds map[int64]*crowd, report bool) []tableRec {
 	out := list[:0]
+	clear := map[int64]clearing{}
 	for i := 0; i < len(list); {
 		j := i + 1
 		for j < len(list) && list[j].cluster == list[i].cluster {
@@ -96,7 +185,7 @@ func (c *check) settle(list []tableRec, report bool) []tableRec {
 		}
 		keep := list[i]
 		if j > i+1 {
-			keep = c.chooseOwner(list[i:j], report)
+			keep = c.chooseOwner(list[i:j], crowds[keep.cluster], report, clear)
 		}
 		if report {
 			c.copiedL1(&keep)
@@ -104,75 +193,75 @@ func (c *check) settle(list []tableRec, report bool) []tableRec {
 		out = append(out, keep)
 		i = j
 	}
-	return out
+	c.clearL1(clear)
+	return slices.Clip(out)
 }
 
 // chooseOwner leaves an L2 table to one of the L1 indexes that name it.
-func (c *check) chooseOwner(list []tableRec, report bool) tableRec {
+func (c *check) chooseOwner(list []tableRec, more *crowd, report bool, clear map[int64]clearing) tableRec {
 	best := 0
 	score := func(r *tableRec) int {
-		s := 0
-		if r.owner == 0 {
-			s += 2
-			if c.o.GuestFree != nil && !c.o.GuestFree(int64(r.idx)*c.l2Span, c.l2Span) {
-				s += 4
-			}
+		s := credit(r)
+		if r.owner == 0 && c.o.GuestFree != nil && !c.o.GuestFree(int64(r.idx)*c.l2Span, c.l2Span) {
+			s += 4
 		}
-		return s + int(b2i(r.copied))
+		return s
 	}
-	for k := range list {
-		if score(&list[k]) > score(&list[best]) {
-			best = k
+	top := score(&list[0])
+	for k := 1; k < len(list); k++ {
+		if s := score(&list[k]); s > top {
+			best, top = k, s
 		}
 	}
 	keep := list[best]
+	what := clearing{}
+	judge := func(r *tableRec, text, fix string, ranges ...blockmap.Range) bool {
+		if !report {
+			return false
+		}
+		c.mapLoss.Store(true)
+		loses := keepRanges(append(ranges, c.guest(int64(keep.idx)*c.l2Span, c.l2Span)...))
+		return c.report(fsck.Finding{
+			Code:  codeL1Duplicate,
+			Place: fsck.Place{Offset: c.l1Place(r), Field: fmt.Sprintf("L1 entry %d", r.idx), Value: uint64(r.cluster) << c.bits},
+			Guest: loses, Text: text, Fix: full(fix, loses...),
+		})
+	}
 	for k := range list {
+		r := &list[k]
+		what.known = append(what.known, r.idx)
 		if k == best {
 			continue
 		}
-		r := &list[k]
-		loses := append(c.guest(int64(r.idx)*c.l2Span, c.l2Span), c.guest(int64(keep.idx)*c.l2Span, c.l2Span)...)
-		f := fsck.Finding{
-			Code:  codeL1Duplicate,
-			Place: fsck.Place{Offset: c.l1Place(r), Field: fmt.Sprintf("L1 entry %d", r.idx), Value: uint64(r.cluster) << c.bits},
-			Guest: loses,
-			Text:  fmt.Sprintf("entry %d names the same L2 table", keep.idx),
-			Fix:   full(fmt.Sprintf("leave the table to entry %d and clear this one", keep.idx), loses...),
-		}
-		if report {
-			c.mapLoss.Store(true)
-			if c.report(f) {
-				c.clearL1(r)
-				continue
-			}
+		if judge(r, fmt.Sprintf("entry %d names the same L2 table", keep.idx),
+			fmt.Sprintf("leave the table to entry %d and clear this one", keep.idx), c.guest(int64(r.idx)*c.l2Span, c.l2Span)...) {
+			what.drop = append(what.drop, r.idx)
+			continue
 		}
 		keep.weight += r.weight
+	}
+	if more != nil {
+		r := tableRec{cluster: keep.cluster, idx: more.lo, owner: keep.owner}
+		if judge(&r, fmt.Sprintf("%d further entries, up to %d, name the L2 table of entry %d", more.entries, more.hi, keep.idx),
+			fmt.Sprintf("leave the table to entry %d and clear these", keep.idx), c.guest(int64(more.lo)*c.l2Span, int64(more.hi-more.lo+1)*c.l2Span)...) {
+			what.others = true
+		} else {
+			keep.weight += more.entries
+		}
+	}
+	if len(what.drop) > 0 || what.others {
+		clear[keep.cluster] = what
 	}
 	return keep
 }
 
+// l1Place is the place of an L1 entry that r stands for.
 func (c *check) l1Place(r *tableRec) int64 {
-	for _, t := range c.l1s {
-		if t.owner == r.owner {
-			return t.off + int64(r.idx)*8
-		}
+	i, ok := slices.BinarySearchFunc(c.l1s, r.owner, func(t l1, owner int32) int { return cmp.Compare(t.owner, owner) })
+	if !ok {
+		return -1
 	}
-	return -1
-}
-
-// clearL1 clears the entries, of all L1 tables, that r stands for.
-func (c *check) clearL1(r *tableRec) {
-	for _, t := range c.l1s {
-		if int64(r.idx) >= t.entries {
-			continue
-		}
-		at := t.off + int64(r.idx)*8
-		var b [8]byte
-		c.read(b[:], at)
-		if int64(be64(b[:])&entryOffset>>c.bits) == r.cluster {
-			c.put64(fsck.PhaseMap, at, 0)
-		}
-	}
+	return c.l1s[i].off + int64(r.idx)*8
 }
 
 // copiedL1 judges the COPIED flag of an active entry: it says that the table
@@ -192,104 +281,4 @@ func (c *check) copiedL1(r *tableRec) {
 	if c.report(f) {
 		c.put64(fsck.PhaseMap, at, entry|uint64(b2i(!r.copied))<<63)
 	}
-}
-
-// eachL1 calls do for every L2 table that an L1 table names rightly. report
-// says whether the others are findings.
-func (c *check) eachL1(t l1, report bool, do func(tableRec)) error {
-	buf := make([]byte, 64<<10)
-	for pos := int64(0); pos < t.entries*8; {
-		if err := c.failed(); err != nil {
-			return err
-		}
-		b := buf[:min(t.entries*8-pos, int64(len(buf)))]
-		c.read(b, t.off+pos)
-		for i := 0; i < len(b); i += 8 {
-			e := be64(b[i:])
-			if e == 0 {
-				continue
-			}
-			idx := (pos + int64(i)) / 8
-			if e = c.judgeL1(t, idx, e, report); e == 0 {
-				continue
-			}
-			do(tableRec{cluster: int64(e & entryOffset >> c.bits), idx: uint32(idx), owner: t.owner, weight: 1, copied: t.owner == 0 && e&entryCopied != 0})
-		}
-		pos += int64(len(b))
-	}
-	return nil
-}
-
-// judgeL1 returns the entry as it is to be believed, 0 for nothing.
-func (c *check) judgeL1(t l1, idx int64, e uint64, report bool) uint64 {
-	at := t.off + idx*8
-	bad := func(code *fsck.Code, text string, value uint64) uint64 {
-		if report {
-			fix := full("clear the entry", c.guest(idx*c.l2Span, c.l2Span)...)
-			c.mapLoss.Store(true)
-			if c.report(fsck.Finding{Code: code, Place: fsck.Place{Offset: at, Field: fmt.Sprintf("L1 entry %d", idx), Value: value},
-				Guest: c.guest(idx*c.l2Span, c.l2Span), Text: text, Fix: fix}) {
-				c.put64(fsck.PhaseMap, at, 0)
-			}
-		}
-		return 0
-	}
-	off := e & entryOffset
-	if e&l1Reserved != 0 || off == 0 {
-		clean := e &^ l1Reserved
-		var fix *fsck.Fix
-		switch {
-		case off == 0: // it names no table
-			clean, fix = 0, preen("clear the entry")
-		case c.aligned(off, 1) && c.claims.at(int64(off>>c.bits), 1) == nil && (c.blocks.unknown || c.blocks.rebuild || c.stored(int64(off>>c.bits)) > 0) && c.isTable(int64(off)):
-			fix = preen("clear the reserved bits")
-		default:
-			return bad(codeL1Reserved, "reserved bits are set", e)
-		}
-		if report && c.report(fsck.Finding{Code: codeL1Reserved, Place: fsck.Place{Offset: at, Field: fmt.Sprintf("L1 entry %d", idx), Value: e},
-			Guest: c.guest(idx*c.l2Span, c.l2Span), Text: "reserved bits are set", Fix: fix}) {
-			c.put64(fsck.PhaseMap, at, clean)
-		}
-		return clean
-	}
-	switch {
-	case off&uint64(c.cs-1) != 0:
-		return bad(codeL1Unaligned, "the L2 table is not on a cluster boundary", e)
-	case !c.aligned(off, 1):
-		return bad(codeL1PastEOF, "the L2 table lies behind the end of the file", e)
-	}
-	if cl := c.claims.at(int64(off>>c.bits), 1); cl != nil {
-		return bad(codeL1Metadata, "the L2 table lies in "+cl.what, e)
-	}
-	if c.blockAt(int64(off >> c.bits)) {
-		if !c.isTable(int64(off)) || !c.isSuspect(int64(off>>c.bits)) {
-			return bad(codeL1Metadata, "the L2 table lies in a refcount block", e)
-		}
-		if report {
-			c.dropBlock(int64(off >> c.bits))
-		}
-	}
-	return e
-}
-
-// isTable reports that the cluster at off may be an L2 table.
-func (c *check) isTable(off int64) bool {
-	b := make([]byte, c.cs)
-	c.read(b, off)
-	good, bad := c.garbage(b)
-	return bad <= good
-}
-
-// blockAt reports that a refcount block is in use at a cluster.
-func (c *check) blockAt(cluster int64) bool {
-	if c.blocks.at == nil {
-		c.blocks.at = map[int64]struct{}{}
-		for _, off := range c.blocks.table {
-			if off != 0 {
-				c.blocks.at[int64(off>>c.bits)] = struct{}{}
-			}
-		}
-	}
-	_, ok := c.blocks.at[cluster]
-	return ok
 }

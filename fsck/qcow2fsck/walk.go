@@ -11,7 +11,7 @@ import (
 // Reads of neighbouring L2 tables are joined up to readMost bytes, over gaps
 // of at most readGap.
 const (
-	readMost = 1 << 20
+	readMost = 256 << 10
 	readGap  = 16 << 10
 )
 
@@ -43,61 +43,87 @@ func (n *counters) into(s *fsck.Stats) {
 // the file has.
 func (c *check) eachTable(pass int, report bool, do func(w *worker, rec *tableRec, b []byte, n int)) error {
 	done := int64(0)
-	return c.eachBatch(report, func(list []tableRec) error {
-		var next atomic.Int64
-		var wg sync.WaitGroup
-		var mu sync.Mutex
-		take := func() (from, to int) {
-			mu.Lock()
-			defer mu.Unlock()
-			from = int(next.Load())
-			if from >= len(list) {
-				return from, from
-			}
-			start := list[from].cluster << c.bits
-			for to = from + 1; to < len(list); to++ {
-				at := list[to].cluster << c.bits
-				if at+c.cs-start > readMost || at-list[to-1].cluster<<c.bits-c.cs > readGap {
-					break
-				}
-			}
-			next.Store(int64(to))
-			return from, to
-		}
-		for range min(c.parallel, max(len(list), 1)) {
-			wg.Go(func() {
-				w := &worker{c: c}
-				defer c.counts.add(&w.n)
-				buf := make([]byte, max(c.cs, readMost))
-				for {
-					from, to := take()
-					if from == to || c.failed() != nil {
-						return
-					}
-					start := list[from].cluster << c.bits
-					b := buf[:list[to-1].cluster<<c.bits+c.cs-start]
-					n := c.read(b, start)
-					for i := from; i < to; i++ {
-						at := int(list[i].cluster<<c.bits - start)
-						do(w, &list[i], b[at:at+int(c.cs)], min(max(n-at, 0), int(c.cs)))
-					}
-					c.sink.Progress(pass, done+int64(to), done+int64(len(list)))
-				}
-			})
-		}
-		wg.Wait()
+	return c.eachBatch(report, func(list []tableRec, _ bool) error {
+		err := c.readTables(list, do, func(to int) { c.sink.Progress(pass, done+int64(to), done+int64(len(list))) })
 		done += int64(len(list))
-		return c.failed()
+		return err
 	})
 }
 
+// readTables reads tables. Those that are holes have no entries and are left
+// out.
+func (c *check) readTables(list []tableRec, do func(w *worker, rec *tableRec, b []byte, n int), progress func(to int)) error {
+	at := func(i int) int64 { return list[i].cluster << c.bits }
+	var mu sync.Mutex
+	next := 0
+	take := func() (from, to int) {
+		mu.Lock()
+		defer mu.Unlock()
+		from = next
+		if from >= len(list) {
+			return from, from
+		}
+		for to = from + 1; to < len(list); to++ {
+			if at(to)+c.cs-at(from) > readMost || at(to)-at(to-1)-c.cs > readGap {
+				break
+			}
+		}
+		next = to
+		return from, to
+	}
+	workers := max(1, min(c.parallel, len(list)*int(c.cs)/readMost))
+	work := func() {
+		w := &worker{c: c}
+		defer c.counts.add(&w.n)
+		var buf []byte
+		data := int64(0) // where the last hole ends
+		for {
+			from, to := take()
+			if from == to || c.failed() != nil {
+				return
+			}
+			for ; from < to && at(from)+c.cs <= c.size; from++ {
+				if data <= at(from) {
+					data = c.dataAt(at(from))
+				}
+				if data < at(from)+c.cs {
+					break
+				}
+			}
+			if from == to {
+				continue
+			}
+			start := at(from)
+			if n := int(at(to-1) + c.cs - start); cap(buf) < n {
+				buf = make([]byte, n)
+			}
+			b := buf[:at(to-1)+c.cs-start]
+			n := c.read(b, start)
+			for i := from; i < to; i++ {
+				k := int(at(i) - start)
+				do(w, &list[i], b[k:k+int(c.cs)], min(max(n-k, 0), int(c.cs)))
+			}
+			progress(to)
+		}
+	}
+	var wg sync.WaitGroup
+	for range workers - 1 {
+		wg.Go(work)
+	}
+	work()
+	wg.Wait()
+	return c.failed()
+}
+
 // survey reads all L2 tables once and drops those that are none, and refcount
-// blocks that the map claims.
-func (c *check) survey() {
+// blocks that the map claims. Where nothing of that is to be done, and no entry
+// is wrong, it has counted the references of the first window by the way, and
+// returns true.
+func (c *check) survey() (counted bool) {
 	var mu sync.Mutex
 	var bad []tableRec
 	hit := map[int64]bool{}
-	err := c.eachTable(1, true, func(w *worker, rec *tableRec, b []byte, n int) {
+	look := func(_ *worker, rec *tableRec, b []byte, n int) {
 		good, junk := c.garbage(b)
 		// Damage to single entries is theirs.
 		if junk > good && junk > 2 {
@@ -119,9 +145,17 @@ func (c *check) survey() {
 		if n < len(b) {
 			c.cutTable(rec, n)
 		}
+	}
+	err := c.eachBatch(true, func(list []tableRec, whole bool) error {
+		if counted = whole && c.quick(); counted {
+			return nil
+		}
+		c.suspect()
+		return c.readTables(list, look, func(to int) { c.sink.Progress(1, int64(to), int64(len(list))) })
 	})
-	if err != nil {
-		return
+	if err != nil || counted {
+		c.suspects = nil
+		return counted && err == nil
 	}
 	for _, s := range c.suspects {
 		if hit[s] {
@@ -129,18 +163,40 @@ func (c *check) survey() {
 		}
 	}
 	c.suspects = nil
+	c.tables.drop(bad)
+	clear := map[int64]clearing{}
 	for i := range bad {
 		r := &bad[i]
-		c.tables.bad[r.cluster] = true
 		c.mapLoss.Store(true)
 		loses := c.guest(int64(r.idx)*c.l2Span, c.l2Span)
 		if c.report(fsck.Finding{Code: codeL1NoTable, Place: fsck.Place{Offset: c.l1Place(r), Field: fmt.Sprintf("L1 entry %d", r.idx), Value: uint64(r.cluster) << c.bits},
 			Guest: loses, Text: "the cluster does not hold an L2 table", Fix: full("clear the entry", loses...)}) {
-			c.clearL1(r)
+			clear[r.cluster] = clearing{drop: []uint32{r.idx}, known: []uint32{r.idx}}
 			c.keep(int64(r.idx)*c.l2Span, r.cluster<<c.bits, c.cs)
 		}
 	}
+	c.clearL1(clear)
 	c.counts = counters{}
+	return false
+}
+
+// quick counts the references of the first window and reports whether nothing
+// in the tables is worth a second look. It has no findings.
+func (c *check) quick() bool {
+	if c.begin(0) != nil {
+		return false
+	}
+	var again atomic.Bool
+	err := c.readTables(c.tables.whole, func(w *worker, rec *tableRec, b []byte, n int) {
+		if n < len(b) || again.Load() {
+			again.Store(true)
+			return
+		}
+		if w.count1(rec, b); len(w.bad) > 0 {
+			again.Store(true)
+		}
+	}, func(to int) { c.sink.Progress(1, int64(to), int64(len(c.tables.whole))) })
+	return err == nil && !again.Load()
 }
 
 // keep quarantines a range of the file, as far as the file has it.
@@ -173,11 +229,15 @@ type worker struct {
 
 // walk counts the references of all L2 tables.
 func (c *check) walk() error {
-	return c.eachTable(2, false, func(w *worker, rec *tableRec, b []byte, _ int) { w.table(rec, b) })
+	return c.eachTable(2, false, func(w *worker, rec *tableRec, b []byte, _ int) {
+		w.count1(rec, b)
+		w.settle(rec, b)
+	})
 }
 
-// table counts the references of one L2 table.
-func (w *worker) table(rec *tableRec, b []byte) {
+// count1 counts the references of one L2 table and collects in w.bad what is
+// wrong.
+func (w *worker) count1(rec *tableRec, b []byte) {
 	c := w.c
 	active := rec.owner == 0
 	w.bad = w.bad[:0]
@@ -229,5 +289,4 @@ func (w *worker) table(rec *tableRec, b []byte) {
 			i += 8
 		}
 	}
-	w.settle(rec, b)
 }

@@ -352,14 +352,15 @@ func longTables() []Case {
 	table := func(title string, by map[Tool]int, size int64, entry func(i int) uint64) Case {
 		return Case{Name: "qcow2 " + title, Class: Bomb, Image: name, By: by, Build: bigTable(l1(), 16*cluster, entries, size, entry)}
 	}
-	const counts = 1 << 20 // refcount table entries
+	later := func(i int) uint64 { return uint64(min(i>>14, 1)) } // the beginning of a table is looked at first
+	const counts = 1 << 20                                       // refcount table entries
 	rt := newQcow2().set64(48, 16*cluster).set32(56, 8<<20/cluster)
 	// 65,536 snapshots, whose L1 tables go down through a hole.
 	snaps := newQcow2().set32(60, 65536).set64(64, 16*cluster)
 	const snapHole = 16*cluster + 65536*64
 	snapTable := func(i int) uint64 {
 		return [8]uint64{
-			snapHole + uint64(65535-i/8)*32<<20, 4<<20<<32 | 1<<16 | 1, 0, 0,
+			snapHole + uint64(65535-i/8)<<20, 128<<10<<32 | 1<<16 | 1, 0, 0,
 			16, 0, 0, 0x3131 << 48, // a disk of 0 bytes, ID and name
 		}[i%8]
 	}
@@ -377,14 +378,14 @@ func longTables() []Case {
 	}
 	return []Case{
 		table("four million tables in a hole", nil, behind+entries*cluster, func(i int) uint64 { return copied | uint64(behind+i*cluster) }),
-		table("four million tables with reserved bits", exits(4, 4, 4, 4), behind+entries*cluster, func(i int) uint64 { return uint64(behind+i*cluster) | 1 }),
-		table("four million tables that are data", exits(0, 4, 0, 0), behind, func(i int) uint64 { return uint64(i%4096+1) * 0x1fff01 }),
+		table("four million tables with reserved bits", exits(4, 4, 4, 4), behind+entries*cluster, func(i int) uint64 { return uint64(behind+i*cluster) | later(i) }),
+		table("four million tables out of place", exits(4, 4, 4, 4), behind, func(i int) uint64 { return uint64(4*cluster+i*512) * later(i) }),
 		{Name: "qcow2 a million refcount blocks in a hole", Class: Bomb, Image: name,
 			Build: bigTable(rt, 16*cluster, counts, 16*cluster+8<<20+counts*cluster, func(i int) uint64 { return uint64(16*cluster + 8<<20 + i*cluster) })},
 		{Name: "qcow2 a million refcount blocks in one", Class: Bomb, Image: name,
 			Build: bigTable(rt, 16*cluster, counts, 16*cluster+8<<20, func(int) uint64 { return rbOff })},
 		{Name: "qcow2 65,536 snapshots in a hole", Class: Bomb, Image: name,
-			Build: bigTable(snaps, 16*cluster, 65536*8, snapHole+65536*32<<20, snapTable)},
+			Build: bigTable(snaps, 16*cluster, 65536*8, snapHole+65536<<20, snapTable)},
 		{Name: "qcow2 compressed clusters that reach behind the end", Class: Bomb, Image: name, Build: file(name, packed), By: exits(4, 4, 4, 4)},
 	}
 }
