@@ -69,6 +69,8 @@ type guest struct {
 	basis  string
 	deep   bool // its trees were looked at
 	mapped bool // its bitmaps were looked for
+	tailed bool // the ends of its files were looked for
+	tails  []tail
 }
 
 const (

@@ -294,7 +294,10 @@ func (x *extFS) inodePlace(off int64, dst []int64) []int64 {
 }
 
 // extent is a run of a file's blocks.
-type extent struct{ logical, phys, n uint64 }
+type extent struct {
+	logical, phys, n uint64
+	unwritten        bool
+}
 
 // parseExtents reads the node of an extent tree in b, whose header has been
 // found: extents at depth 0, else where its children are (n is 0 there).
@@ -309,14 +312,15 @@ func parseExtents(b []byte, dst []extent) (depth int, _ []extent) {
 		n := b[12+12*i:]
 		logical := uint64(le.Uint32(n))
 		if depth > 0 {
-			dst = append(dst, extent{logical, uint64(le.Uint32(n[4:])) | uint64(le.Uint16(n[8:]))<<32, 0})
+			dst = append(dst, extent{logical, uint64(le.Uint32(n[4:])) | uint64(le.Uint16(n[8:]))<<32, 0, false})
 			continue
 		}
 		count := uint64(le.Uint16(n[4:]))
-		if count > 32768 { // unwritten
+		unwritten := count > 32768
+		if unwritten {
 			count -= 32768
 		}
-		dst = append(dst, extent{logical, uint64(le.Uint32(n[8:])) | uint64(le.Uint16(n[6:]))<<32, count})
+		dst = append(dst, extent{logical, uint64(le.Uint32(n[8:])) | uint64(le.Uint16(n[6:]))<<32, count, unwritten})
 	}
 	return depth, dst
 }

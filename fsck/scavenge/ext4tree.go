@@ -18,7 +18,7 @@ const (
 // that the inode, or the node above, names. fits tells whether a place in the
 // filesystem can be that of the block at a loc.
 func (x *extFS) trees(e *evidence, g *guest, fits func(loc, off int64) bool) error {
-	if !x.sums || len(e.seeds) == 0 {
+	if !x.sums {
 		return nil
 	}
 	found := len(e.hits) // what is added below needs no third pass
@@ -79,9 +79,6 @@ func (t *treeWalk) inode(ino uint64, raw []byte) error {
 		return nil
 	}
 	blocks := t.seeds(t.x.seed(ino, raw))
-	if len(blocks) == 0 {
-		return nil
-	}
 	depth, nodes := parseExtents(raw[40:100], nil)
 	if depth < 0 {
 		return nil
@@ -120,10 +117,13 @@ func (t *treeWalk) inode(ino uint64, raw []byte) error {
 		}
 		nodes = next
 	}
-	if le.Uint16(raw)>>12 != 4 {
-		return nil
+	switch le.Uint16(raw) >> 12 {
+	case 4:
+		return t.directory(blocks, leaves)
+	case 8:
+		return t.tail(raw, leaves)
 	}
-	return t.directory(blocks, leaves)
+	return nil
 }
 
 func (t *treeWalk) inside(phys, n uint64) bool {

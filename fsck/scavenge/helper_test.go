@@ -17,6 +17,7 @@ import (
 	"github.com/imagestack/imagestack/fsck/scavenge"
 	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/guesttest"
+	"github.com/imagestack/imagestack/layers"
 )
 
 // disks are filesystems that tests share; nobody changes them.
@@ -248,3 +249,5 @@ func data(f *os.File, off int64) int64 {
 	}
 	return at
 }
+
+var openOptions = layers.OpenOptions{}

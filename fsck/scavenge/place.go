@@ -34,7 +34,7 @@ type pieces struct {
 }
 
 var codes = []string{whyNone, whyConflict, whyUnclear, whyStale, whyOccupied, whyExtension, whyNoTable, whyElsewhere,
-	ProofSurvived, ProofFoundL1, ProofSnapshot, ProofOnlyPlace, ProofGuest, ProofShared, GuessRun}
+	ProofSurvived, ProofFoundL1, ProofSnapshot, ProofOnlyPlace, ProofGuest, ProofShared, ProofTails, GuessRun}
 
 func codeOf(s string) uint8 { return uint8(slices.Index(codes, s)) }
 
@@ -74,6 +74,13 @@ func (t *places) add(u int32) {
 		return
 	}
 	t.m[u] = struct{}{}
+}
+
+func (t *places) remove(u int32) {
+	if int64(u)>>6 < int64(len(t.b)) {
+		t.b[u>>6] &^= 1 << (u & 63)
+	}
+	delete(t.m, u)
 }
 
 // put gives a piece a place that is free.
@@ -160,9 +167,10 @@ type claim struct {
 	votes       int64
 }
 
-// tallies counts the evidence of every piece without a place, and calls visit
-// with those that have any.
-func (p *pieces) tallies(e *evidence, visit func(piece int32, t *tally)) error {
+// tallies counts the evidence of every piece without a place (or, when placed
+// is set, of every one whose place is that of an entry), and calls visit with
+// those that have any.
+func (p *pieces) tallies(e *evidence, placed bool, visit func(piece int32, t *tally)) error {
 	open := map[int32]*tally{}
 	var spots []spot
 	var offs []int64
@@ -182,7 +190,7 @@ func (p *pieces) tallies(e *evidence, visit func(piece int32, t *tally)) error {
 		}
 		spots = p.spots(h.loc, spots[:0])
 		for _, s := range spots {
-			if p.place[s.piece] >= 0 || p.idle.get(int64(s.piece)) {
+			if p.idle.get(int64(s.piece)) || placed != p.byEntry(s.piece) || !placed && p.place[s.piece] >= 0 {
 				continue
 			}
 			if p.clustered && s.piece != last {
@@ -227,7 +235,7 @@ func (p *pieces) tallies(e *evidence, visit func(piece int32, t *tally)) error {
 // byEvidence places what the evidence proves and reports how many.
 func (p *pieces) byEvidence(e *evidence, proof string) (placed int, err error) {
 	var claims []claim
-	err = p.tallies(e, func(piece int32, t *tally) {
+	err = p.tallies(e, false, func(piece int32, t *tally) {
 		units, votes, clear := p.decide(t)
 		switch {
 		case len(units) == 0:
@@ -249,6 +257,46 @@ func (p *pieces) byEvidence(e *evidence, proof string) (placed int, err error) {
 	}
 	claims = p.pairs(claims)
 	return p.settle(claims, proof), nil
+}
+
+// byEntry tells whether a piece has the place that an entry said.
+func (p *pieces) byEntry(piece int32) bool {
+	return p.place[piece] >= 0 && (p.proof(piece) == ProofSurvived || p.proof(piece) == ProofFoundL1)
+}
+
+// contradicted takes the place from pieces whose content says that the entry
+// is wrong, and from those that lie where such a piece belongs.
+func (p *pieces) contradicted(e *evidence) (dropped int, err error) {
+	drop := map[int32]int64{} // piece -> where its content belongs
+	err = p.tallies(e, true, func(piece int32, t *tally) {
+		units, _, clear := p.decide(t)
+		if clear && len(units) == 1 && units[0] != int64(p.place[piece]) && len(drop) < maxListed {
+			drop[piece] = units[0]
+		}
+	})
+	if err != nil || len(drop) == 0 {
+		return 0, err
+	}
+	wanted := map[int32]bool{}
+	for piece, u := range drop {
+		p.free(piece)
+		p.refuse(piece, whyElsewhere, u*p.unit)
+		wanted[int32(u)] = true
+	}
+	for i, u := range p.place {
+		if u >= 0 && wanted[u] && p.byEntry(int32(i)) {
+			p.free(int32(i))
+			p.refuse(int32(i), whyElsewhere)
+			dropped++
+		}
+	}
+	return dropped + len(drop), nil
+}
+
+// free takes the place from a piece.
+func (p *pieces) free(piece int32) {
+	p.taken.remove(p.place[piece])
+	p.place[piece] = -1
 }
 
 func (p *pieces) bytes(units []int64) []int64 {

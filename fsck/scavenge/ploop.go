@@ -82,6 +82,9 @@ func (j *ploopJob) geometry() error {
 	if first := int64(le.Uint32(b[48:])) * sector; j.header && first >= 64+4*j.entries && first%j.cluster == 0 && first <= j.src.size {
 		j.firstData = first
 	}
+	if j.firstData > j.src.size+ploop.MaxCluster {
+		return fmt.Errorf("%w: the BAT of a disk of %d bytes does not fit into the file", layers.ErrFormat, j.size)
+	}
 	j.clusters = max((j.src.size-j.firstData+j.cluster-1)>>j.bits, 0)
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 )
 
 func TestLostBAT(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name, kind string
 		size       int64

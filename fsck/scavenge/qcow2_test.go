@@ -38,6 +38,7 @@ func fsckGuest(t testing.TB, kind, format, name string) {
 }
 
 func TestLostL1(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		name, kind string
 		size       int64
@@ -74,6 +75,7 @@ func TestLostL1(t *testing.T) {
 // A disk with a partition table: the table tells where the filesystem begins,
 // or confirms it.
 func TestPartitioned(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct{ label, kind, format string }{
 		{"gpt", "ext4", "qcow2"}, {"dos", "ext4", "qcow2"}, {"gpt", "xfs", "parallels"}, {"dos", "ext4", "parallels"},
 	} {
@@ -106,6 +108,7 @@ func TestPartitioned(t *testing.T) {
 
 // What names the L1 table is lost, or the whole header.
 func TestLostHeader(t *testing.T) {
+	t.Parallel()
 	disk := mkfs(t, "ext4", 1<<30)
 	img := convert(t, disk, "qcow2")
 	t.Run("L1 offset", func(t *testing.T) {
@@ -147,6 +150,7 @@ func TestLostHeader(t *testing.T) {
 
 // The active state differs from that of the snapshot in some tables.
 func TestSnapshot(t *testing.T) {
+	t.Parallel()
 	disk := mkfs(t, "ext4", 1<<30)
 	img := convert(t, disk, "qcow2", "-o", "cluster_size=32k")
 	imgtest.QemuImg(t, "snapshot", "-c", "before", img)
@@ -189,6 +193,7 @@ func copyTable(t *testing.T, img string, host int64) {
 // Two tables of different times claim one place. Where the reference counts
 // tell which of them is in use, that one is taken; else neither.
 func TestGenerations(t *testing.T) {
+	t.Parallel()
 	disk := mkfs(t, "ext4", 1<<30)
 	for _, dirty := range []bool{false, true} {
 		img := convert(t, disk, "qcow2")
@@ -229,6 +234,7 @@ func TestGenerations(t *testing.T) {
 
 // A guest that is in use: its journal is full of copies of metadata.
 func TestJournal(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		format string
 		args   []string
@@ -255,6 +261,7 @@ func TestJournal(t *testing.T) {
 
 // Images of disks in files of the guest are data.
 func TestNested(t *testing.T) {
+	t.Parallel()
 	for _, c := range []struct {
 		format string
 		args   []string

@@ -17,6 +17,7 @@ const (
 	ProofOnlyPlace = "only-place"         // the disk has one place for it
 	ProofGuest     = "guest-metadata"     // checksummed metadata says where it belongs
 	ProofShared    = "shared-clusters"    // shares clusters with a table whose place is known
+	ProofTails     = "file-ends"          // the ends of the files that belong there, see tails.go
 	GuessRun       = "guess-order"        // between two proven neighbours, in the order of allocation
 	maxListed      = 10000                // rows of each list in a report
 	maxWhy         = 64                   // notes

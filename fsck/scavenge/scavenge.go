@@ -163,11 +163,27 @@ func (j *job) findPlaces(ctx context.Context) error {
 			return err
 		}
 		for _, g := range j.ev.guests {
-			if g.rank != rankNone && g.ext != nil && !g.deep {
-				g.deep = true
-				if err := g.ext.trees(j.ev, g, j.fits(g)); err != nil {
-					return err
-				}
+			if g.rank == rankNone || g.deep {
+				continue
+			}
+			g.deep = true
+			switch g.kind {
+			case "ext4":
+				err = g.ext.trees(j.ev, g, j.fits(g))
+			case "xfs":
+				err = g.xfs.tails(j.ev, g)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		if changed {
+			n, err := j.p.contradicted(j.ev)
+			if err != nil {
+				return err
+			}
+			if n > 0 {
+				j.rep.note(fmt.Sprintf("%d entries of the map are contradicted by the content", n))
 			}
 		}
 		n, err := j.p.byEvidence(j.ev, ProofGuest)
@@ -178,6 +194,12 @@ func (j *job) findPlaces(ctx context.Context) error {
 			continue
 		}
 		if n, err = j.bitmaps(ctx); err != nil {
+			return err
+		}
+		if n > 0 {
+			continue
+		}
+		if n, err = j.byTails(ctx); err != nil {
 			return err
 		}
 		if n == 0 {
