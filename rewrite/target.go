@@ -62,6 +62,9 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 	if err := checkBase(ctx, trace, o.Layer); err != nil {
 		return nil, err
 	}
+	if err := checkBundle(trace, o.Layer); err != nil {
+		return nil, err
+	}
 	at := trace.Images[o.Layer]
 	t := &target{path: at.Path, format: at.Format, record: fileRecord(at.Path + recordSuffix)}
 	if err := t.readRecord(o, m); err != nil {
@@ -179,7 +182,7 @@ func (t *target) attach(writable bool) error {
 	}
 	t.layer = l
 	t.files = []string{t.path}
-	if data := top.Data().Name(); data != t.path {
+	if data := top.Data().Name(); !sameFile(data, t.path) {
 		t.files = append(t.files, data) // external
 	}
 	if !writable {
@@ -219,10 +222,35 @@ func checkBase(ctx context.Context, trace *open.Trace, layer int) error {
 	return fmt.Errorf("%s: %w: %s", trace.Images[layer].Path, ErrBase, list)
 }
 
+// checkBundle refuses an image of a ploop bundle that is not its top, and one
+// that was opened as if it stood alone: what lies below it would then be taken
+// for zeros.
+func checkBundle(trace *open.Trace, layer int) error {
+	at := trace.Images[layer]
+	if at.Format == "qcow2" {
+		return nil
+	}
+	if layer > 0 && len(trace.Descriptors) > 0 {
+		return fmt.Errorf("%s: %w: it is a snapshot of a bundle", at.Path, ErrBase)
+	}
+	m, err := open.MemberOf(at.Path)
+	switch {
+	case err != nil:
+		return err
+	case m == nil:
+		return nil
+	case len(m.Children) > 0:
+		return fmt.Errorf("%s: %w: %s", at.Path, ErrBase, m.Children[0])
+	case m.Images > 1 && len(trace.Descriptors) == 0:
+		return fmt.Errorf("%s: %w: it is an image of the bundle %s; name that, without --format", at.Path, layers.ErrUnsupported, m.Descriptor)
+	}
+	return nil
+}
+
 func sameFile(a, b string) bool {
-	ra, erra := filepath.EvalSymlinks(a)
-	rb, errb := filepath.EvalSymlinks(b)
-	return erra == nil && errb == nil && ra == rb
+	sa, erra := os.Stat(a)
+	sb, errb := os.Stat(b)
+	return erra == nil && errb == nil && os.SameFile(sa, sb)
 }
 
 // readRecord looks whether an interrupted run has left its record.
