@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+
+	"golang.org/x/sys/unix"
 )
 
 // recordSuffix is appended to the name of the image file.
@@ -107,8 +109,9 @@ func (p fileRecord) save(r record) (err error) {
 }
 
 func (p fileRecord) remove() error {
-	if err := os.Remove(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
+	// Not os.Remove, whose error may be that of trying whether it is a directory.
+	if err := unix.Unlink(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return &fs.PathError{Op: "remove", Path: string(p), Err: err}
 	}
 	return syncDir(filepath.Dir(string(p)))
 }

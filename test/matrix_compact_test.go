@@ -34,8 +34,8 @@ func compactRows() []row {
 func estimates(name string, setup func(*testing.T, string), image string) row {
 	return row{name: name, setup: setup,
 		run: func(r *matrixRun) error {
-			o, err := r.tool("image-compact", "-n", filepath.Join(r.dir, image))
-			if r.broken() && o.exit == 0 && strings.Contains(o.stdout, "(unreadable)") {
+			o, err := r.tool("image-compact", "-n", "--json", filepath.Join(r.dir, image))
+			if r.broken() && o.exit == 0 && strings.Contains(o.stdout, `"unreadable"`) {
 				return errors.Join(err, r.explains(o.stdout))
 			}
 			return errors.Join(err, r.exits(o, 1))
@@ -89,6 +89,7 @@ func holedRaw(t *testing.T, dir string) {
 // works on. Whatever goes wrong, the guest and its snapshots see the same, and
 // the run can be resumed, or given up.
 func compacts(name string, setup func(*testing.T, string), image, file string, flags ...string) row {
+	flags = append(flags, "--json") // in which what may vary is known
 	return row{name: name, setup: setup,
 		run: func(r *matrixRun) error {
 			o, err := r.tool("image-compact", append(flags, filepath.Join(r.dir, image))...)
@@ -182,7 +183,7 @@ func viewOf(path, snapshot string) ([]byte, error) {
 func copies(name string, setup func(*testing.T, string), image string) row {
 	return row{name: name, setup: setup,
 		run: func(r *matrixRun) error {
-			o, err := r.tool("image-compact", "--to", filepath.Join(r.dir, "new"), filepath.Join(r.dir, image))
+			o, err := r.tool("image-compact", "--json", "--to", filepath.Join(r.dir, "new"), filepath.Join(r.dir, image))
 			if r.broken() && o.exit == 0 {
 				return err
 			}

@@ -55,7 +55,7 @@ func (r *run) copyTo(ctx context.Context) (_ *rewrite.Report, err error) {
 		if errors.Is(abandoned, rewrite.ErrNotPending) {
 			abandoned = nil
 		}
-		return report, errors.Join(err, abandoned, os.Remove(part))
+		return report, errors.Join(err, abandoned, remove(part))
 	}
 	return report, syncDir(filepath.Dir(r.To))
 }
@@ -66,7 +66,7 @@ func renameNew(from, to string) error {
 	if errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
 		// Not every filesystem knows the flag; a link replaces nothing either.
 		if err = os.Link(from, to); err == nil {
-			return os.Remove(from)
+			return remove(from)
 		}
 	}
 	if err != nil {
@@ -93,7 +93,16 @@ func (r *run) copyFile(ctx context.Context, part string, from backend.File, path
 	}
 	err = copySparse(ctx, out, from, func(done, total int64) { r.progress.UpdateBytes("copying", done, total) })
 	if err = errors.Join(err, out.Sync(), out.Close()); err != nil {
-		return errors.Join(err, os.Remove(part))
+		return errors.Join(err, remove(part))
+	}
+	return nil
+}
+
+// remove is os.Remove of a file, without the attempt to remove a directory,
+// whose error would hide the reason.
+func remove(name string) error {
+	if err := unix.Unlink(name); err != nil {
+		return &os.PathError{Op: "remove", Path: name, Err: err}
 	}
 	return nil
 }
