@@ -92,14 +92,18 @@ func FreeExFAT(ctx context.Context, r io.ReaderAt, size int64, emit freespace.Em
 	if err := x.findBitmap(); err != nil {
 		return info, err
 	}
-	if err := x.count(nil); err != nil {
+	var err error
+	if x.used, err = freespace.Zeros(ctx, bitmapReader{x}, x.clusters, nil); err != nil {
 		return info, err
 	}
 	if err := x.walk(); err != nil {
 		return info, err
 	}
 	info.Label = x.label
-	return info, x.count(emit)
+	_, err = freespace.Zeros(ctx, bitmapReader{x}, x.clusters, func(start, n int64) error {
+		return emit(x.heap+start*x.cluster, n*x.cluster)
+	})
+	return info, err
 }
 
 // readBoot reads and checks the boot region.
@@ -316,38 +320,6 @@ func (b bitmapReader) ReadAt(p []byte, off int64) (int, error) {
 		return done, io.EOF
 	}
 	return done, nil
-}
-
-// count counts the clusters that are marked, or hands over the others.
-func (x *exfat) count(emit freespace.Emit) error {
-	b := make([]byte, 64<<10)
-	for first := int64(0); first < x.clusters; first += int64(len(b)) * 8 {
-		if err := x.ctx.Err(); err != nil {
-			return err
-		}
-		n := min(int64(len(b))*8, x.clusters-first)
-		p := b[:(n+7)/8]
-		if err := freespace.ReadAt(bitmapReader{x}, p, first/8); err != nil {
-			return err
-		}
-		free := int64(0)
-		for at := uint64(0); ; {
-			start, k := freespace.NextZeros(p, at, uint64(n))
-			if k == 0 {
-				break
-			}
-			at, free = start+k, free+int64(k)
-			if emit != nil {
-				if err := emit(x.heap+(first+int64(start))*x.cluster, int64(k)*x.cluster); err != nil {
-					return err
-				}
-			}
-		}
-		if emit == nil {
-			x.used += n - free
-		}
-	}
-	return nil
 }
 
 // walk reads all directories.

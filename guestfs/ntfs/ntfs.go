@@ -28,7 +28,6 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
-	"math/bits"
 
 	"github.com/imagestack/imagestack/guestfs/freespace"
 )
@@ -198,35 +197,13 @@ func (v *volume) readBitmap() error {
 // emit hands over the clusters that are not marked, and compares the number of
 // the others with that of the files.
 func (v *volume) emit(emit freespace.Emit) error {
-	b := make([]byte, 64<<10)
-	var used uint64
-	for first := uint64(0); first < v.clusters; first += uint64(len(b)) * 8 {
-		if err := v.ctx.Err(); err != nil {
-			return err
-		}
-		n := min(uint64(len(b))*8, v.clusters-first)
-		p := b[:(n+7)/8]
-		if err := freespace.ReadAt(v.bitmap, p, int64(first/8)); err != nil {
-			return err
-		}
-		for i, x := range p {
-			if rest := n - uint64(i)*8; rest < 8 {
-				x &= 1<<rest - 1
-			}
-			used += uint64(bits.OnesCount8(x))
-		}
-		for at := uint64(0); ; {
-			start, k := freespace.NextZeros(p, at, n)
-			if k == 0 {
-				break
-			}
-			at = start + k
-			if err := emit(int64(first+start)*v.cluster, int64(k)*v.cluster); err != nil {
-				return err
-			}
-		}
+	used, err := freespace.Zeros(v.ctx, v.bitmap, int64(v.clusters), func(start, n int64) error {
+		return emit(start*v.cluster, n*v.cluster)
+	})
+	if err != nil {
+		return err
 	}
-	if v.owned > used {
+	if v.owned > uint64(used) {
 		return freespace.Refuse(freespace.CountMismatch, "ntfs: the files have %d clusters, %d are marked as used: run chkdsk", v.owned, used)
 	}
 	return nil
