@@ -86,8 +86,26 @@ func Free(ctx context.Context, r io.ReaderAt, size int64, o Options) (*Report, e
 	if err != nil {
 		return nil, err
 	}
+	j.suspended()
 	j.report.Free = join(j.report.Free)
 	return j.report, nil
+}
+
+// suspended withdraws everything when a Linux guest waits in a swap area to be
+// resumed: its memory may have blocks in use that no journal knows yet.
+func (j *judge) suspended() {
+	areas := j.report.Areas
+	i := slices.IndexFunc(areas, func(a Area) bool { return a.Type == "hibernation" })
+	if i < 0 {
+		return
+	}
+	why := freespace.Refuse(freespace.InUse, "the guest is hibernated in %s: start it and shut it down", areas[i].Name)
+	for k := range areas {
+		if a := &areas[k]; a.Refusal == nil {
+			a.Refusal, a.Free, a.Dropped = freespace.AsRefusal(why), 0, 0
+		}
+	}
+	j.report.Free, j.report.Dropped = nil, 0
 }
 
 type judge struct {

@@ -99,6 +99,28 @@ func TestFreeDisk(t *testing.T) {
 	}
 }
 
+// A guest that is hibernated in its swap area knows more than its disk: then
+// nothing is free, wherever the swap area is.
+func TestHibernatedGuest(t *testing.T) {
+	path, _ := sfdisk(t, 64<<20, "label: gpt\nstart=4M, size=16M\nstart=24M, size=8M\n")
+	disk := load(t, path)
+	copy(disk[4<<20:], content(t, 16<<20, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024"))
+	copy(disk[24<<20:], content(t, 8<<20, "mkswap", "-q"))
+	if rep := mustFree(t, disk, Options{}); find(t, rep, "p1").Refusal != nil || rep.Bytes() == 0 {
+		t.Fatalf("%+v", rep)
+	}
+	copy(disk[24<<20+4086:], "S1SUSPEND\x00")
+	rep := mustFree(t, disk, Options{Swap: true, Gaps: true})
+	for _, a := range rep.Areas {
+		if a.Refusal == nil || a.Free != 0 {
+			t.Errorf("%+v", a)
+		}
+	}
+	if r := find(t, rep, "p1").Refusal; len(rep.Free) > 0 || r == nil || r.Code != freespace.InUse {
+		t.Errorf("%+v", rep)
+	}
+}
+
 func TestFreeWholeDisk(t *testing.T) {
 	ext := content(t, 16<<20, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024")
 	for _, c := range []struct {
