@@ -71,7 +71,7 @@ func (r *run) do(ctx context.Context) error {
 	}
 	r.progress.Clear()
 	if err != nil {
-		err = r.explain(ctx, err)
+		err = r.explain(ctx, err, report != nil)
 	}
 	if report == nil {
 		return err
@@ -163,8 +163,9 @@ func (r *run) confine() error {
 	return nil
 }
 
-// explain adds to an error what to do next.
-func (r *run) explain(ctx context.Context, err error) error {
+// explain adds to an error what to do next. begun tells that the image was
+// opened.
+func (r *run) explain(ctx context.Context, err error, begun bool) error {
 	image := quoted(r.Image)
 	switch {
 	case context.Cause(ctx) != nil:
@@ -180,12 +181,17 @@ func (r *run) explain(ctx context.Context, err error) error {
 		return cli.WithHint(err, "begin with: image-compact %s", image)
 	case errors.Is(err, rewrite.ErrBase):
 		return cli.WithHint(err, "compact the images that stand on it, each by itself; a copy can be made with --to")
+	case begun && !r.No && r.To == "" && cli.ExitCode(err) == cli.ExitFailed && !errors.Is(err, layers.ErrUnsupported):
+		return cli.WithHint(err, "the image is consistent and can be used; when the cause is gone go on with: image-compact --resume %s, or give up: image-compact --abandon %s", image, image)
 	}
 	return err
 }
 
 // quoted is a name as a shell takes it.
 func quoted(name string) string {
+	if name == "" {
+		return "''"
+	}
 	for _, c := range name {
 		if !(c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z' || c >= '0' && c <= '9' || c == '/' || c == '.' || c == '-' || c == '_' || c == '+' || c == ':' || c == ',') {
 			return "'" + escapeQuotes(name) + "'"
