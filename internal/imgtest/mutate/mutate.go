@@ -8,7 +8,10 @@
 // every script reaches code behind the first check.
 package mutate
 
-import "encoding/binary"
+import (
+	"crypto/md5"
+	"encoding/binary"
+)
 
 // field is a number in an image.
 type field struct {
@@ -17,7 +20,9 @@ type field struct {
 }
 
 // Apply changes a copy of an image of the format ("qcow2" or "ploop") as the
-// script says: four bytes for each edit, at most 6 edits.
+// script says: four bytes for each edit, at most 6 edits. Then the checksum of
+// a ploop format extension is made right, unless one byte of the script is
+// left over.
 func Apply(format string, image, script []byte) []byte {
 	b := append([]byte(nil), image...)
 	for n := 0; len(script) >= 4 && n < 6; n++ {
@@ -29,6 +34,9 @@ func Apply(format string, image, script []byte) []byte {
 			edit(b, f[(int(script[0])<<8|int(script[1]))%len(f)], f, script[2], script[3])
 		}
 		script = script[4:]
+	}
+	if format == "ploop" && len(script) != 1 {
+		fixExtension(b)
 	}
 	return b
 }
@@ -128,7 +136,8 @@ func qcow2Fields(b []byte) (list []field) {
 	return list
 }
 
-// ploopFields are the header's and the first entries of the BAT.
+// ploopFields are the header's, the first entries of the BAT, and those of the
+// format extension.
 func ploopFields(b []byte) (list []field) {
 	for _, f := range [][2]int{{16, 4}, {20, 4}, {24, 4}, {28, 4}, {32, 4}, {36, 8}, {44, 4}, {48, 4}, {52, 4}, {56, 8}} {
 		list = inside(list, b, uint64(f[0]), f[1], false)
@@ -136,5 +145,41 @@ func ploopFields(b []byte) (list []field) {
 	for i := range uint64(24) {
 		list = inside(list, b, 64+4*i, 4, false)
 	}
+	at, n := extension(b)
+	if n == 0 {
+		return list
+	}
+	// A feature is magic, flags, size; a bitmap's data is size, id,
+	// granularity, length of its table, and the table.
+	for _, f := range [][2]uint64{{0, 8}, {24, 8}, {32, 8}, {40, 4}, {48, 8}, {72, 4}, {76, 4}, {80, 8}, {88, 8}, {96, 8}} {
+		list = inside(list, b[:at+n], at+f[0], int(f[1]), false)
+	}
 	return list
+}
+
+// extensionMagic begins the format extension of a ploop image (QEMU's
+// parallels.txt); then comes the MD5 of the rest of its cluster.
+const (
+	extensionMagic = 0xab234cef23dcea87
+	extensionHead  = 24
+)
+
+// extension is where the extension is and how long, 0 when there is none.
+func extension(b []byte) (at, n uint64) {
+	le := binary.LittleEndian
+	if len(b) < 64 {
+		return 0, 0
+	}
+	at, n = le.Uint64(b[56:]), uint64(le.Uint32(b[28:]))*512
+	if at == 0 || at > uint64(len(b))/512 || n < 512 || n > uint64(len(b))-at*512 || le.Uint64(b[at*512:]) != extensionMagic {
+		return 0, 0
+	}
+	return at * 512, n
+}
+
+func fixExtension(b []byte) {
+	if at, n := extension(b); n > 0 {
+		sum := md5.Sum(b[at+extensionHead : at+n])
+		copy(b[at+8:], sum[:])
+	}
 }
