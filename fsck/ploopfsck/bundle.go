@@ -209,7 +209,7 @@ func (d *descriptor) checkFiles() {
 	for _, i := range d.images {
 		if i.missing {
 			f := d.place(codeDescMissing, i.field+"/File", i.file, "there is no such file")
-			if d.below(d.topGUID, i.guid) {
+			if !d.beside(d.topGUID, i.guid) {
 				f.Severity = fsck.Fatal
 			}
 			d.findFile(i, f)
@@ -261,13 +261,11 @@ func (d *descriptor) checkFiles() {
 // command is the descriptor's name in a command that is shown.
 func (d *descriptor) command() string { return d.f.Name() }
 
-// below reports whether the state of a GUID needs the image of another.
-func (d *descriptor) below(state, guid string) bool {
-	if len(d.shots) == 0 {
-		return true
-	}
-	s, want := d.shot(state), d.shot(guid)
-	return s != nil && want != nil && d.standsOn(s, want)
+// beside reports whether the state of a GUID certainly does not need the image
+// of another.
+func (d *descriptor) beside(state, guid string) bool {
+	s, other := d.shot(state), d.shot(guid)
+	return s != nil && other != nil && d.wholeTree() && !d.standsOn(s, other)
 }
 
 // checkSizes compares sizes of disk and clusters with those of the images.

@@ -20,13 +20,20 @@ func (d *descriptor) leaves() (out []*shot) {
 	return out
 }
 
-// isLeaf reports whether certainly nothing stands on s: every snapshot says
-// which its parent is.
-func (d *descriptor) isLeaf(s *shot) bool {
+// wholeTree reports whether every snapshot says which its parent is.
+func (d *descriptor) wholeTree() bool {
 	for _, o := range d.shots {
 		if o.guid == "" || o.parent != noParent && d.shot(o.parent) == nil {
 			return false
 		}
+	}
+	return true
+}
+
+// isLeaf reports whether certainly nothing stands on s.
+func (d *descriptor) isLeaf(s *shot) bool {
+	if !d.wholeTree() {
+		return false
 	}
 	for _, l := range d.leaves() {
 		if l == s {

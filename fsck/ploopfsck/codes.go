@@ -107,7 +107,7 @@ var (
 var (
 	codeExtOffset = fsck.Register("ploop.extension.offset", fsck.Damage,
 		"m_FormatExtensionOffset points to nothing that can be a format extension.",
-		"-p and -y drop it: dirty bitmaps of backup tools are gone, and the next backup is a full one.")
+		"-y moves an extension that is sound, but at no place of a cluster, into a cluster of its own; the guest range on which it lies is named as lost. Else -p and -y keep what is there in lost+found and drop it: dirty bitmaps of backup tools are gone, and the next backup is a full one.")
 	codeExtBytes = fsck.Register("ploop.extension.offset-in-bytes", fsck.Damage,
 		"m_FormatExtensionOffset is in bytes, where sectors are expected; the extension itself is sound.",
 		"-p and -y correct the unit.")
@@ -125,7 +125,7 @@ var (
 		"-p and -y keep the extension's cluster in lost+found and drop it: the next backup is a full one.")
 	codeExtShared = fsck.Register("ploop.extension.shared", fsck.Damage,
 		"The format extension, or a dirty bitmap, lies on a cluster of the guest or on another part of the extension.",
-		"-y drops the extension and leaves the cluster to the guest. The guest range may have been overwritten with bitmap data.")
+		"-y empties the entries if the guest filesystem proves that it does not use what they stand for, and the extension stays. Else it copies the extension into lost+found, drops it, and leaves the cluster to the guest; the guest range, which may have been overwritten, is named as lost.")
 	codeExtStale = fsck.Register("ploop.extension.stale", fsck.Damage,
 		"The image was last closed, or is in use, by software that does not maintain the format extension: dirty bitmaps no longer say what changed, and a backup made with them would be wrong.",
 		"-p and -y keep its cluster in lost+found and drop it: the next backup is a full one.")

@@ -228,9 +228,18 @@ func guidText(s string) string {
 	return "{" + u.String() + "}"
 }
 
+// ownGUID is guidText of what has to name something: the GUID that stands for
+// no parent does not.
+func ownGUID(s string) string {
+	if g := guidText(s); g != noParent {
+		return g
+	}
+	return ""
+}
+
 func (d *descriptor) readImages() {
 	for k, n := range d.store.all("Image") {
-		i := &image{n: n, field: fmt.Sprintf("StorageData/Storage/Image[%d]", k+1), guid: guidText(n.value("GUID")),
+		i := &image{n: n, field: fmt.Sprintf("StorageData/Storage/Image[%d]", k+1), guid: ownGUID(n.value("GUID")),
 			typ: n.value("Type"), file: n.value("File")}
 		if i.file != "" && !strings.ContainsRune(i.file, 0) {
 			i.facts, i.missing = d.look(i.file)
@@ -250,10 +259,10 @@ func (d *descriptor) readShots(s *node) {
 		return
 	}
 	if s.one("TopGUID") != nil {
-		d.topGUID = guidText(s.value("TopGUID"))
+		d.topGUID = ownGUID(s.value("TopGUID"))
 	}
 	for k, n := range s.all("Shot") {
-		sh := &shot{n: n, field: fmt.Sprintf("Snapshots/Shot[%d]", k+1), guid: guidText(n.value("GUID")), parent: guidText(n.value("ParentGUID"))}
+		sh := &shot{n: n, field: fmt.Sprintf("Snapshots/Shot[%d]", k+1), guid: ownGUID(n.value("GUID")), parent: guidText(n.value("ParentGUID"))}
 		for _, mark := range temporaryMarks {
 			sh.temporary = sh.temporary || n.one(mark) != nil
 		}

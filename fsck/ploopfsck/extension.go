@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 
+	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/fsck"
 )
 
@@ -72,7 +73,7 @@ func (c *check) checkExtension() error {
 			}
 			v /= sectorSize
 		} else {
-			return c.dropExtension(0, extProblem{codeExtOffset, offExtension, field, v, "is no place of a cluster in the file"}, fsck.Preen)
+			return c.misplaced(v)
 		}
 	}
 	c.ext.at = int64(v) * sectorSize
@@ -101,14 +102,72 @@ func (c *check) checkExtension() error {
 	return c.dropExtension(c.ext.at, *p, fsck.Preen)
 }
 
+// misplaced handles an extension at v sectors, which is no place of a cluster.
+// One that is sound there all the same, which its checksum proves, gets a
+// cluster of its own; what else is there is kept.
+func (c *check) misplaced(v uint64) error {
+	p := extProblem{codeExtOffset, offExtension, "m_FormatExtensionOffset", v, "is no place of a cluster in the file"}
+	if v > math.MaxInt64/sectorSize || int64(v)*sectorSize >= c.eof {
+		return c.dropExtension(0, p, fsck.Preen)
+	}
+	at := int64(v) * sectorSize
+	if at > c.eof-c.cluster || c.changed.u32(offInUse) != inUseV21 || !c.extSound(at) || !c.canAllocate(1) {
+		return c.dropExtension(at, p, fsck.Preen)
+	}
+	// The clusters of its bitmaps are known only when it is in its place.
+	c.doubtful()
+	lost := c.guestAt(at, c.cluster)
+	if !c.report(fsck.Finding{Code: p.code, Place: fsck.Place{Offset: p.off, Field: p.field, Value: p.value}, Guest: lost,
+		Text: "is no place of a cluster, but a sound extension is there",
+		Fix:  &fsck.Fix{Text: "move it into a cluster of its own", Level: fsck.Full, Loses: lost}}) {
+		return nil
+	}
+	to, err := c.allocate()
+	if err == nil {
+		err = c.plan.Copy(to, at, c.cluster)
+	}
+	if err != nil {
+		return err
+	}
+	c.changed.put64(offExtension, uint64(to/sectorSize))
+	return nil
+}
+
+// guestAt are the parts of the disk that are stored in [at, at+n) of the file,
+// as far as a finding names them.
+func (c *check) guestAt(at, n int64) []blockmap.Range {
+	var idx []int64
+	for _, r := range c.ownersOf(func(slot int64) bool { return slot*c.cluster < at+n && (slot+1)*c.cluster > at }) {
+		idx = append(idx, r.idx)
+	}
+	return c.ranges(idx)
+}
+
+// ownersOf are entries, ascending, whose clusters are among the wanted ones.
+func (c *check) ownersOf(wanted func(slot int64) bool) (owners []run) {
+	// What cannot be read is reported by the walk that follows.
+	_ = c.walk(func(p *part, r run) {
+		for k := int64(0); r.bad == nil && k < r.count; k++ {
+			if wanted(c.slot(r.entry)+k) && len(p.runs) < maxShared {
+				p.runs = append(p.runs, run{idx: r.idx + k, count: 1, entry: r.entry + uint32(k*c.step)})
+			}
+		}
+	}, func(p *part) error {
+		owners = append(owners, p.runs[:min(len(p.runs), max(0, maxShared-len(owners)))]...)
+		return nil
+	})
+	return owners
+}
+
 // dropExtension reports the problem; the fix forgets the extension knowingly:
-// its offset, and so the owner of its clusters.
-func (c *check) dropExtension(at int64, p extProblem, level fsck.Level) error {
+// its offset, and so the owner of its clusters. lost are parts of the disk that
+// it may have overwritten.
+func (c *check) dropExtension(at int64, p extProblem, level fsck.Level, lost ...blockmap.Range) error {
 	if c.doubt {
 		level = fsck.Full // with another header it might be sound
 	}
-	if !c.report(fsck.Finding{Code: p.code, Place: fsck.Place{Offset: p.off, Field: p.field, Value: p.value}, Text: p.text,
-		Fix: &fsck.Fix{Text: "drop the extension", Level: level}}) {
+	if !c.report(fsck.Finding{Code: p.code, Place: fsck.Place{Offset: p.off, Field: p.field, Value: p.value}, Text: p.text, Guest: lost,
+		Fix: &fsck.Fix{Text: "drop the extension", Level: level, Loses: lost}}) {
 		return nil
 	}
 	if at > 0 {

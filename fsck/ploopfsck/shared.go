@@ -186,15 +186,45 @@ func (c *check) share(slot int64, idx []int64) error {
 	return nil
 }
 
-// checkExtensionShared looks for guest clusters on those of the extension. The
-// guest's claim counts: who wrote it did not know the extension.
+// checkExtensionShared looks for guest clusters on those of the extension.
+// Evidence decides: where the guest does not use what claims them, the claim is
+// false and the extension stays. Else the guest's claim counts: who wrote it
+// did not know the extension, or the extension was written over it, and then
+// its bitmaps do not know that the content has changed.
 func (c *check) checkExtensionShared() error {
+	var hit []int64
 	for _, slot := range c.ext.slots {
-		if !c.marks.has(c.marks.used, slot) {
-			continue
+		if c.marks.has(c.marks.used, slot) {
+			hit = append(hit, slot)
 		}
-		return c.dropExtension(c.ext.at, extProblem{codeExtShared, slot * c.cluster, "format extension", uint64(slot),
-			"the cluster belongs to the guest"}, fsck.Full)
+	}
+	if len(hit) == 0 {
+		return nil
+	}
+	owners := c.ownersOf(func(slot int64) bool { return c.ext.has(slot) })
+	var idx []int64
+	free := len(owners) > 0 && c.o.GuestFree != nil && !c.convert
+	for _, r := range owners {
+		idx = append(idx, r.idx)
+		for _, g := range c.guest(r.idx, 1) {
+			free = free && c.o.GuestFree(g.Off, g.Len)
+		}
+	}
+	p := extProblem{codeExtShared, hit[0] * c.cluster, "format extension", uint64(hit[0]), "the cluster belongs to the guest"}
+	if !free {
+		return c.dropExtension(c.ext.at, p, fsck.Full, c.ranges(idx)...)
+	}
+	c.suspect.Store(true)
+	if !c.report(fsck.Finding{Code: p.code, Place: fsck.Place{Offset: p.off, Field: p.field, Value: p.value}, Guest: c.ranges(idx),
+		Text: "entries of the BAT claim clusters of the extension, for parts of the disk that the guest does not use",
+		Fix:  &fsck.Fix{Text: "empty these entries", Level: fsck.Full}}) {
+		return nil
+	}
+	for _, i := range idx {
+		c.used--
+		if err := c.zeroEntries(i, 1); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -250,6 +250,6 @@ func Bundles() []BundleDamage {
 			Codes: []string{"ploop.descriptor.xml"}, Preen: Fatal, Full: Fatal},
 		{Name: "split disk", Hurt: swap("</Storage>", "</Storage><Storage></Storage>"), Codes: []string{"ploop.descriptor.unsupported"}, Preen: Damaged, Full: Damaged},
 		{Name: "several at once", Hurt: both(swap("<Disk_size>2048", "<Disk_size>x", "<TopGUID>"+GUIDTop, "<TopGUID>{", "<ParentGUID>"+guidNone, "<ParentGUID>?"),
-			rename("root.hds.2", "z.hds")), Codes: []string{number, guid, "ploop.descriptor.image-missing"}, Preen: Damaged},
+			rename("root.hds.2", "z.hds")), Codes: []string{number, guid, "ploop.descriptor.image-missing"}, Preen: Fatal},
 	}
 }

@@ -338,6 +338,18 @@ func ploopExtension() []PloopDamage {
 		x("offset overflows", put64(56, 1<<63), Clean, Clean, "ploop.extension.offset"),
 		x("offset into the BAT", put64(56, 1), Clean, Clean, "ploop.extension.offset"),
 		x("offset in bytes", func(p *PloopImage) { p.Put64(56, uint64(ext(p))) }, Clean, Clean, "ploop.extension.offset-in-bytes"),
+		x("sound at no place of a cluster", func(p *PloopImage) {
+			at := ext(p)
+			b := bytes.Clone(p.B[at : at+ploopK])
+			p.B = append(p.B, make([]byte, 2*ploopK)...)
+			copy(p.B[len(p.B)-2*ploopK+4096:], b)
+			clear(p.B[at : at+ploopK])
+			p.Put64(56, uint64(len(p.B)-2*ploopK+4096)/512)
+		}, Damaged, Clean, "ploop.extension.offset"),
+		x("sound on the guest's cluster", func(p *PloopImage) {
+			copy(p.B[2*ploopK:3*ploopK], p.B[ext(p):])
+			p.Put64(56, 2*ploopK/512)
+		}, Damaged, Clean, "ploop.extension.shared"),
 		x("magic", func(p *PloopImage) { p.B[ext(p)]++ }, Clean, Clean, "ploop.extension.magic"),
 		x("checksum", func(p *PloopImage) { p.B[ext(p)+4000]++ }, Clean, Clean, "ploop.extension.checksum"),
 		x("element too long", func(p *PloopImage) { p.Put32(ext(p)+24+16, ploopK).Seal() }, Clean, Clean, "ploop.extension.element"),
@@ -353,7 +365,9 @@ func ploopExtension() []PloopDamage {
 	}
 	for i := range all {
 		switch all[i].Name {
-		case "extension/none", "extension/offset in bytes", "extension/leak behind it":
+		case "extension/sound on the guest's cluster", "extension/bits on the guest's cluster":
+			all[i].Lost = guestClusters(3)
+		case "extension/none", "extension/sound at no place of a cluster", "extension/offset in bytes", "extension/leak behind it":
 			all[i].Extension = true
 		}
 	}
