@@ -140,8 +140,12 @@ func (t *table) next(c uint32) (uint32, error) {
 	var b [4]byte
 	n := int64(t.bits+7) / 8
 	at := int64(c) * int64(t.bits) / 8
-	if err := freespace.ReadAt(t.r, b[:n], t.tableStart+at); err != nil {
-		return 0, err
+	for i := range n { // an entry of 12 bits may begin in one page and end in the next
+		p, err := t.window.Bytes(at+i, 1)
+		if err != nil {
+			return 0, err
+		}
+		b[i] = p[0]
 	}
 	e := binary.LittleEndian.Uint32(b[:])
 	ones := uint32(1)<<min(t.bits, 28) - 1

@@ -166,7 +166,8 @@ func Free(ctx context.Context, r io.ReaderAt, size int64, emit freespace.Emit) (
 	if err := g.checkBackup(r, b); err != nil {
 		return info, err
 	}
-	t := &table{geometry: g, r: r, ctx: ctx, named: make([]uint64, (uint64(g.clusters)+63)/64)}
+	t := &table{geometry: g, r: r, ctx: ctx, named: make([]uint64, (uint64(g.clusters)+63)/64),
+		window: freespace.NewWindow(io.NewSectionReader(r, g.tableStart, g.tableBytes), g.tableBytes)}
 	if err := t.check(); err != nil {
 		return info, err
 	}

@@ -18,6 +18,8 @@ type table struct {
 	*geometry
 	r   io.ReaderAt
 	ctx context.Context
+	// window is for the links of directories, which are followed one by one.
+	window *freespace.Window
 	// named has a bit for each cluster that an entry names: 32 MiB at most.
 	named []uint64
 }
