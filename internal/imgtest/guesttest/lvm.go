@@ -1,6 +1,7 @@
 package guesttest
 
 import (
+	"fmt"
 	"testing"
 
 	"github.com/imagestack/imagestack/internal/imgtest"
@@ -28,7 +29,8 @@ func NewVG(t testing.TB, path string) *VG {
 // asks the kernel for anything: what is made cannot be activated.
 func (v *VG) Run(command string, args ...string) string {
 	v.t.Helper()
-	return string(imgtest.Run(v.t, "lvm", append([]string{command, "--driverloaded", "n", "--devices", v.dev}, args...)...))
+	only := fmt.Sprintf(`devices { global_filter=["a|^%s$|","r|.*|"] }`, v.dev)
+	return string(imgtest.Run(v.t, "lvm", append([]string{command, "--driverloaded", "n", "--config", only}, args...)...))
 }
 
 // Create makes a logical volume.
