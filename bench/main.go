@@ -42,6 +42,7 @@ type options struct {
 	mountImage  string
 	list        bool
 	compact     bool
+	fsck        bool
 	verbose     bool
 }
 
@@ -62,6 +63,7 @@ func parseOptions(args []string) (*options, error) {
 	f.StringVar(&o.dir, "dir", "/var/tmp", "where the images are made; a real disk, for the cold lines")
 	f.StringVar(&o.mountImage, "mount-image", "", "measure this binary and not one built from the source tree")
 	f.BoolVar(&o.list, "list", false, "print the keys of the lines that would be measured")
+	f.BoolVar(&o.fsck, "fsck", false, "measure image-fsck beside qemu-img check and ploop check instead")
 	f.BoolVar(&o.compact, "compact", false, "measure image-compact beside qemu-img convert instead")
 	f.BoolVar(&o.verbose, "v", false, "also print the commands")
 	if err := f.Parse(args); err != nil {
@@ -177,6 +179,9 @@ func run(ctx context.Context, o *options, begin time.Time) (err error) {
 	}
 	if o.compact {
 		return runCompact(ctx, o, dir, &cleanup, say)
+	}
+	if o.fsck {
+		return runFsck(ctx, o, dir, say)
 	}
 	r, err := newRunner(ctx, o, dir, &cleanup, say)
 	if err != nil {
