@@ -201,7 +201,7 @@ func (g *faultGuest) accept(what string, err error) error {
 		if gone(err) {
 			return nil
 		}
-	case modeEIO, modeLoss:
+	case modeEIO, modeBad, modeLoss:
 		if hit.Kind == faultfs.Sync {
 			g.frozen = true
 		}
