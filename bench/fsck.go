@@ -34,7 +34,7 @@ type fsckCase struct {
 	// for which there is no goal.
 	Start bool `json:"start_only,omitempty"`
 	image string
-	build  func(path string) (fsckImage, error)
+	build func(path string) (fsckImage, error)
 }
 
 // fsckSample is one run of one side.
