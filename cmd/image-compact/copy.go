@@ -22,6 +22,10 @@ import (
 // partSuffix ends the name of a copy that is not finished.
 const partSuffix = ".part"
 
+// recordSuffix is what package rewrite adds to the name of an image for the
+// record of an interrupted run.
+const recordSuffix = ".compact"
+
 // copyTo makes a copy of the image file, byte for byte (so that snapshots,
 // bitmaps and unknown extensions are in it as well) and sharing its storage
 // where the filesystem can, compacts that, and gives it its name at the end.
@@ -54,6 +58,12 @@ func (r *run) copyTo(ctx context.Context) (_ *rewrite.Report, err error) {
 		_, abandoned := rewrite.Abandon(context.WithoutCancel(ctx), part, o)
 		if errors.Is(abandoned, rewrite.ErrNotPending) {
 			abandoned = nil
+		}
+		if abandoned != nil {
+			// The record of what was under way is of no use without the copy.
+			if rerr := remove(part + recordSuffix); !errors.Is(rerr, os.ErrNotExist) {
+				abandoned = errors.Join(abandoned, rerr)
+			}
 		}
 		return report, errors.Join(err, abandoned, remove(part))
 	}
