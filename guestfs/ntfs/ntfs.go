@@ -12,8 +12,7 @@
 // driver that marks nothing, as ntfs-3g does.
 //
 // Shadow copies need clusters that the volume calls free; with any, nothing is
-// judged. Nothing is replayed. A master file table whose own place takes more than one
-// record to describe is not followed, and refused.
+// judged. Nothing is replayed.
 //
 // Memory is a window of the bitmap, a piece of the table and the runs of the
 // system files, whatever the size of the filesystem.

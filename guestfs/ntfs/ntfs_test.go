@@ -153,6 +153,40 @@ func TestFragmented(t *testing.T) {
 	guesttest.Exact(t, path, "fragmented", Free, oracle(t, path))
 }
 
+// A master file table in so many pieces that it takes several records to
+// describe: it grows while only single clusters are free.
+func TestFragmentedTable(t *testing.T) {
+	guesttest.Require(t, "mkntfs", "ntfs-3g", "ntfsclone", "ntfsinfo")
+	path := mkfs(t, 14<<20, "-c 512 -z 1")
+	dir, umount := mount(t, path)
+	name := func(i int) string { return filepath.Join(dir, "f"+strconv.Itoa(i)) }
+	n := 0
+	for ; os.WriteFile(name(n), make([]byte, 1000), 0o600) == nil; n++ {
+	}
+	for i := 0; i < n; i += 2 {
+		if err := os.Remove(name(i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for i := 0; i < 8000 && os.WriteFile(name(n+i), nil, 0o600) == nil; i++ {
+	}
+	for i := 1; i < n; i += 4 {
+		if err := os.Remove(name(i)); err != nil && !os.IsNotExist(err) {
+			t.Fatal(err)
+		}
+	}
+	umount()
+	if out := string(imgtest.Run(t, "ntfsinfo", "-i", "0", path)); !strings.Contains(out, "ATTRIBUTE_LIST") {
+		t.Fatal("one record is enough for the table")
+	}
+	guesttest.Exact(t, path, "fragmented", Free, oracle(t, path))
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	guesttest.DamagedBytes(t, b, Free, nil, 60)
+}
+
 func aged(t testing.TB) []byte {
 	t.Helper()
 	path := mkfs(t, 24<<20, "")
@@ -254,7 +288,8 @@ func TestRefusals(t *testing.T) {
 		{"deleted record", func(b []byte) { record(b, 64)[22] &^= 1 }, freespace.Damaged},
 		{"shadow copies", func(b []byte) { copy(b[shadowAt:], shadowID); b[shadowAt+shadowCatalog+2] = 1 }, freespace.Unsupported},
 		{"no shadow copies any more", func(b []byte) { copy(b[shadowAt:], shadowID) }, ""},
-		{"attribute list", func(b []byte) { attrAt(record(b, recordMFT), attrFileName)[0] = attrList }, freespace.Unsupported},
+		{"attribute list of anything", func(b []byte) { attrAt(record(b, recordMFT), attrFileName)[0] = attrList }, freespace.Damaged},
+		{"attribute list of $Volume", func(b []byte) { attrAt(record(b, recordVolume), attrFileName)[0] = attrList }, freespace.Unsupported},
 	} {
 		b := bytes.Clone(base)
 		c.breaks(b)

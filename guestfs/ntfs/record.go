@@ -3,6 +3,7 @@ package ntfs
 import (
 	"encoding/binary"
 	"io"
+	"slices"
 	"sort"
 
 	"github.com/imagestack/imagestack/guestfs/freespace"
@@ -19,6 +20,7 @@ const (
 	attrEnd        = 0xffffffff
 
 	flagInUse   = 1
+	maxRuns     = 1 << 20 // of a system file, 24 bytes each
 	fixupSector = 512
 )
 
@@ -44,6 +46,7 @@ func fixup(b []byte, what string, at int64) error {
 // record is a file record.
 type record struct {
 	number int64
+	base   int64 // the record that this one continues, 0 for none
 	inUse  bool
 	attrs  []attr
 }
@@ -67,6 +70,10 @@ type run struct {
 	vcn, n, lcn int64
 }
 
+// reference is the number of the record that a reference names; the rest of
+// it counts how often the record was used.
+func reference(b []byte) int64 { return int64(binary.LittleEndian.Uint64(b) & (1<<48 - 1)) }
+
 // decodeRecord decodes a file record. One that is not in use has no attrs.
 func (v *volume) decodeRecord(b []byte, number int64) (*record, error) {
 	if string(b[:4]) != "FILE" {
@@ -77,7 +84,7 @@ func (v *volume) decodeRecord(b []byte, number int64) (*record, error) {
 	}
 	le := binary.LittleEndian
 	at, used, room := int64(le.Uint16(b[20:])), int64(le.Uint32(b[24:])), int64(le.Uint32(b[28:]))
-	rec := &record{number: number, inUse: le.Uint16(b[22:])&flagInUse != 0}
+	rec := &record{number: number, base: reference(b[32:]), inUse: le.Uint16(b[22:])&flagInUse != 0}
 	if !rec.inUse {
 		return rec, nil
 	}
@@ -216,23 +223,111 @@ type file struct {
 // open opens an attribute of a system file: neither resident nor sparse nor
 // compressed.
 func (v *volume) open(r *record, kind uint32) (*file, error) {
-	a, err := r.find(kind)
+	f := &file{v: v}
+	end := int64(0)
+	err := v.pieces(r, kind, func(a *attr) error {
+		if a.resident || a.lowest != end || a.flags != 0 || len(a.runs) == 0 {
+			return damaged("file record %d: attribute %#x is resident, sparse or not in order", r.number, kind)
+		}
+		for _, p := range a.runs {
+			if p.lcn < 0 {
+				return damaged("file record %d has a hole", r.number)
+			}
+		}
+		if len(f.runs) > maxRuns {
+			return freespace.Refuse(freespace.TooLarge, "ntfs: file record %d: more than %d runs", r.number, maxRuns)
+		}
+		if f.runs = append(f.runs, a.runs...); a.lowest == 0 {
+			f.size, f.initialized = a.size, a.ready
+		}
+		last := f.runs[len(f.runs)-1]
+		if end = last.vcn + last.n; uint64(end) > v.clusters {
+			return damaged("file record %d: %d of %d clusters", r.number, end, v.clusters)
+		}
+		if kind == attrData && r.number == recordMFT {
+			// Where the next records are is in those that are known.
+			known := *f
+			known.size = min(f.size, end*v.cluster)
+			v.mft = &known
+		}
+		return nil
+	})
+	if err == nil && f.size > end*v.cluster {
+		err = damaged("file record %d: %d bytes in %d clusters", r.number, f.size, end)
+	}
+	return f, err
+}
+
+// pieces calls f for the parts of an attribute without a name in order. It is
+// in one part, unless the record has an attribute list, which tells in which
+// records the parts are.
+func (v *volume) pieces(r *record, kind uint32, f func(*attr) error) error {
+	at := slices.IndexFunc(r.attrs, func(a attr) bool { return a.kind == attrList })
+	if at < 0 || !r.inUse {
+		a, err := r.find(kind)
+		if err == nil && a == nil {
+			err = damaged("file record %d has no attribute %#x", r.number, kind)
+		}
+		if err != nil {
+			return err
+		}
+		return f(a)
+	}
+	list, err := v.readList(r, &r.attrs[at])
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if a == nil || !r.inUse || a.resident || a.lowest != 0 || a.flags != 0 || len(a.runs) == 0 {
-		return nil, damaged("file record %d has no usable attribute %#x", r.number, kind)
-	}
-	last := a.runs[len(a.runs)-1]
-	if uint64(last.vcn+last.n) > v.clusters || a.size > (last.vcn+last.n)*v.cluster {
-		return nil, damaged("file record %d: %d bytes in %d clusters", r.number, a.size, last.vcn+last.n)
-	}
-	for _, p := range a.runs {
-		if p.lcn < 0 {
-			return nil, damaged("file record %d has a hole", r.number)
+	found := false
+	le := binary.LittleEndian
+	for len(list) > 0 {
+		if len(list) < 24 || int(le.Uint16(list[4:])) < 24 || int(le.Uint16(list[4:])) > len(list) {
+			return damaged("file record %d: an attribute list that does not end", r.number)
+		}
+		e := list
+		list = list[le.Uint16(list[4:]):]
+		if le.Uint32(e) != kind || e[6] != 0 {
+			continue
+		}
+		from := r
+		if n := reference(e[16:]); n != r.number {
+			if from, err = v.system(n); err != nil {
+				return err
+			}
+			if !from.inUse || from.base != r.number {
+				return damaged("file record %d does not continue record %d", n, r.number)
+			}
+		}
+		lowest := int64(le.Uint64(e[8:]))
+		i := slices.IndexFunc(from.attrs, func(a attr) bool { return a.kind == kind && !a.named && a.lowest == lowest })
+		if i < 0 {
+			return damaged("file record %d has no attribute %#x from cluster %d", from.number, kind, lowest)
+		}
+		found = true
+		if err := f(&from.attrs[i]); err != nil {
+			return err
 		}
 	}
-	return &file{v, a.runs, a.size, a.ready}, nil
+	if !found {
+		return damaged("file record %d has no attribute %#x", r.number, kind)
+	}
+	return nil
+}
+
+// readList reads an attribute list, which may have clusters of its own.
+func (v *volume) readList(r *record, a *attr) ([]byte, error) {
+	if a.resident {
+		return a.value, nil
+	}
+	const most = 256 << 10
+	f := &file{v, a.runs, a.size, a.ready}
+	if a.lowest != 0 || a.size > most || slices.ContainsFunc(a.runs, func(p run) bool { return p.lcn < 0 }) {
+		return nil, damaged("file record %d: attribute list of %d bytes", r.number, a.size)
+	}
+	if n := len(a.runs); n == 0 || a.size > (a.runs[n-1].vcn+a.runs[n-1].n)*v.cluster {
+		return nil, damaged("file record %d: attribute list of %d bytes", r.number, a.size)
+	}
+	b := make([]byte, a.size)
+	return b, freespace.ReadAt(f, b, 0)
 }
 
 // ReadAt implements io.ReaderAt.

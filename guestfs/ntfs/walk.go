@@ -230,7 +230,7 @@ func fileName(b []byte) (name string, parent int64) {
 	if n > len(b)-nameAt {
 		return "", -1
 	}
-	return decodeName(b[nameAt:][:n]), int64(binary.LittleEndian.Uint64(b) & (1<<48 - 1))
+	return decodeName(b[nameAt:][:n]), reference(b)
 }
 
 // checkHiberfil refuses unless the file is certainly not one to resume from:
