@@ -69,6 +69,9 @@ func compactOnce(ctx context.Context, s *crash.Session, o rewrite.Options) (*rew
 	if err != nil {
 		return nil, err
 	}
+	if r, ok := top.(interface{ ResumeRelocation() }); ok && s.Again {
+		r.ResumeRelocation() // as the record of the interrupted run says
+	}
 	pile := []layers.Layer{top}
 	if s.Image.Below != nil {
 		base, err := raw.Open(ctx, backend.NewMemBytes("below", s.Image.Below), layers.OpenOptions{Path: "below"})
@@ -83,6 +86,21 @@ func compactOnce(ctx context.Context, s *crash.Session, o rewrite.Options) (*rew
 	}
 	r, err := rewrite.CompactStack(ctx, stack, o)
 	return r, errors.Join(err, stack.Close())
+}
+
+// compactingExtension is compacting for an image with a format extension. As
+// long as the image is marked as in use that counts as out of date, but for who
+// goes on.
+func compactingExtension(name string, s setup, o rewrite.Options) op {
+	line := compacting(name, s, o)
+	line.May = []string{"ploop.extension.stale"}
+	return line
+}
+
+// compactRaw is compacting for raw images, which have no leaks.
+func compactRaw(ctx context.Context, s *crash.Session) error {
+	_, err := compactOnce(ctx, s, rewrite.Options{})
+	return err
 }
 
 // holed fills the disk and then gives parts of it back, so that there are holes

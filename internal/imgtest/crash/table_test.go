@@ -129,6 +129,10 @@ func table(t testing.TB) []op {
 			"snapshot s1", "bitmap b1", "write -P 3 16k 40k", "discard 80k 32k", "write -c -P 4 80k 32k", "snapshot s2", "bitmap b2", "write -P 5 0 16k", "drop s1", "discard 130k 100k"), rewrite.Options{MaxExtra: 32 * k}),
 		compacting("qcow2/compaction, compressed", packedStreams(t, "cluster_size=4096", 128*k), rewrite.Options{MaxExtra: 16 * k}),
 		compacting("qcow2/compaction, data file", filled(qcow2New(c{Size: 384 * k, ClusterSize: 512, DataFile: "data"}), holed(32*k)), rewrite.Options{MaxExtra: 32 * k}),
+		compacting("ploop/compaction", filled(p2, holed(32*k)), rewrite.Options{MaxExtra: 64 * k}),
+		compacting("ploop/compaction, version 1, over a parent", lowered(filled(p1, holed(32*k)), 300*k), rewrite.Options{MaxExtra: 64 * k, DedupParent: true}),
+		compactingExtension("ploop/compaction, format extension", changed(filled(p2, holed(32*k)), withExtension), rewrite.Options{MaxExtra: 64 * k}),
+		{Name: "raw/compaction", Setup: filled(rawNew(256*k), holed(12*k)), Run: compactRaw},
 		{Name: "raw/writes and discards", Setup: rawNew(256 * k), Run: mixed(10, most)},
 	}
 }
