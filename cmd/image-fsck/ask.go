@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"strings"
@@ -13,6 +14,7 @@ import (
 // again in a later round.
 type asker struct {
 	in     *bufio.Reader
+	ctx    context.Context // of the run: Ctrl-C is no to everything else
 	out    io.Writer
 	before func()
 	all    bool // "a": yes to everything else
@@ -29,7 +31,7 @@ func (a *asker) decide(f fsck.Finding) bool {
 	fmt.Fprintf(a.out, "%s\n", line(&f))
 	for {
 		fmt.Fprintf(a.out, "  %s? [y]es, [n]o, [a]ll: ", fixText(f.Fix))
-		answer, err := a.in.ReadString('\n')
+		answer, err := a.read()
 		if err != nil {
 			a.none = true
 			fmt.Fprintln(a.out)
@@ -48,5 +50,25 @@ func (a *asker) decide(f fsck.Finding) bool {
 			a.no[key] = true
 			return false
 		}
+	}
+}
+
+// read waits for a line, or for Ctrl-C: then the read that goes on ends with
+// the process.
+func (a *asker) read() (string, error) {
+	type line struct {
+		text string
+		err  error
+	}
+	got := make(chan line, 1)
+	go func() {
+		text, err := a.in.ReadString('\n')
+		got <- line{text, err}
+	}()
+	select {
+	case l := <-got:
+		return l.text, l.err
+	case <-a.ctx.Done():
+		return "", context.Cause(a.ctx)
 	}
 }

@@ -199,7 +199,7 @@ func TestAsker(t *testing.T) {
 	f := fsck.Finding{Code: fsck.Codes()[0], Text: "bad", Fix: &fsck.Fix{Text: "mend it", Level: fsck.Full}}
 	at := func(off int64) fsck.Finding { f.Place.Offset = off; return f }
 	var out strings.Builder
-	a := &asker{in: bufio.NewReader(strings.NewReader("huh\ny\nN\nall\n")), out: &out, before: func() {}}
+	a := &asker{ctx: t.Context(), in: bufio.NewReader(strings.NewReader("huh\ny\nN\nall\n")), out: &out, before: func() {}}
 	for i, c := range []struct {
 		off  int64
 		want bool
@@ -211,7 +211,7 @@ func TestAsker(t *testing.T) {
 	if n := strings.Count(out.String(), "mend it?"); n != 4 {
 		t.Errorf("asked %d times: %s", n, out.String())
 	}
-	a = &asker{in: bufio.NewReader(strings.NewReader("")), out: io.Discard, before: func() {}}
+	a = &asker{ctx: t.Context(), in: bufio.NewReader(strings.NewReader("")), out: io.Discard, before: func() {}}
 	if a.decide(at(1)) || a.decide(at(2)) {
 		t.Error("yes without an answer")
 	}

@@ -23,6 +23,7 @@ type run struct {
 	stdin          *os.File
 	stdout, stderr io.Writer
 	progress       *cli.Progress
+	ctx            context.Context // of the one call of do
 	fd             *fdProgress
 	keeper         *keeper.Keeper // nil when there is nothing for one to do
 	spill          *fsck.SpillFiles
@@ -31,6 +32,7 @@ type run struct {
 }
 
 func (r *run) do(ctx context.Context) error {
+	r.ctx = ctx
 	limitMemory(int64(r.Memory))
 	err := r.check()
 	if err == nil {
@@ -136,7 +138,7 @@ func (r *run) options() fsck.RunOptions {
 	case r.Compat != "" || r.JSON || r.stdin == nil || !cli.IsTerminal(r.stdin):
 		// As with -n.
 	default:
-		a := &asker{in: bufio.NewReader(r.stdin), out: r.stdout, before: r.progress.Clear}
+		a := &asker{ctx: r.ctx, in: bufio.NewReader(r.stdin), out: r.stdout, before: r.progress.Clear}
 		o.Decide, o.Serial = a.decide, true
 	}
 	if r.progress != nil || r.fd != nil {
