@@ -29,7 +29,7 @@ type aged struct {
 const agedSeed = 0xa6ed
 
 // makeAged makes an ext4 through a loop device, fills it with files of 4 to 20
-// KiB, and deletes some at random, without discards.
+// KiB, and deletes some, without discards.
 func (b *compactBench) makeAged(ctx context.Context, r agedRecipe) (*aged, error) {
 	a := &aged{raw: filepath.Join(b.dir, "guest.raw"), files: map[string][32]byte{}}
 	f, err := os.Create(a.raw)
@@ -58,8 +58,11 @@ func (b *compactBench) makeAged(ctx context.Context, r agedRecipe) (*aged, error
 		if err := command(ctx, "sync", "-f", dir); err != nil {
 			return err
 		}
+		// Two of five directories as a whole, and of the others as many files
+		// as are missing: some clusters become free, most only emptier.
+		const whole = 40
 		for n := range r.Files {
-			if rng.IntN(100) < r.Delete {
+			if n/500%5 < 2 || rng.IntN(100-whole) < r.Delete-whole {
 				if err := a.remove(dir, n); err != nil {
 					return err
 				}
