@@ -102,9 +102,6 @@ func Mount(below, dir string) (*FS, error) {
 	}
 	f := &FS{below: below}
 	data := &fs.LoopbackRoot{Path: below, Dev: st.Dev}
-	data.NewNode = func(data *fs.LoopbackRoot, _ *fs.Inode, _ string, _ *syscall.Stat_t) fs.InodeEmbedder {
-		return &node{LoopbackNode: fs.LoopbackNode{RootData: data}, f: f}
-	}
 	root := &node{LoopbackNode: fs.LoopbackNode{RootData: data}, f: f}
 	data.RootNode = root
 	o := &fs.Options{MountOptions: fuse.MountOptions{
@@ -174,6 +171,17 @@ func (f *FS) before(ctx context.Context, o Op) Verdict {
 type node struct {
 	fs.LoopbackNode
 	f *FS
+}
+
+var _ fs.NodeWrapChilder = (*node)(nil)
+
+// WrapChild makes nodes of ours of all.
+func (n *node) WrapChild(_ context.Context, ops fs.InodeEmbedder) fs.InodeEmbedder {
+	l, ok := ops.(*fs.LoopbackNode)
+	if !ok {
+		return ops
+	}
+	return &node{LoopbackNode: fs.LoopbackNode{RootData: l.RootData}, f: n.f}
 }
 
 func (n *node) rel() string { return n.Path(n.Root()) }
