@@ -58,7 +58,8 @@ func attacked(t *testing.T, env []string, done func() bool, args ...string) map[
 	for start := time.Now(); ; time.Sleep(20 * time.Millisecond) {
 		select {
 		case err = <-ended:
-			if err != nil {
+			// From an empty image nothing can be rebuilt: exit 4.
+			if err != nil && !(slices.Contains(args, "--scavenge") && cmd.ProcessState.ExitCode() == 4) {
 				t.Fatalf("%q: %v\n%s", args, err, log)
 			}
 		default:
@@ -118,6 +119,7 @@ func TestCompromisedParser(t *testing.T) {
 		{"dump", []string{"image-fsck", "--dump", filepath.Join(t.TempDir(), "dump")}, []string{"parse"}, []string{"parse read-image"}},
 		{"estimate", []string{"image-compact", "-n"}, []string{"parse"}, []string{"parse read-image"}},
 		{"compact", []string{"image-compact"}, []string{"parse"}, []string{"parse read-image", "parse write-image"}},
+		{"scavenge", []string{"image-fsck", "--scavenge", filepath.Join(t.TempDir(), "new.qcow2")}, []string{"parse"}, []string{"parse read-image"}},
 		{"guest", []string{"image-fsck", "--guest"}, []string{"parse", "serve"}, []string{"parse read-image"}},
 		{"guest as nobody", []string{"image-fsck", "--guest", "--uid", "nobody"}, []string{"parse", "serve"}, []string{"parse read-image"}},
 		{"guest repair", []string{"image-fsck", "--guest", "-y"}, []string{"parse", "serve"}, []string{"parse read-image"}},

@@ -43,6 +43,7 @@ func (r *run) scavenge(ctx context.Context) error {
 			return err
 		}
 	}
+	sandbox.Attack("parse") // of test builds
 	o := scavenge.Options{Format: r.Format, To: r.ToFormat, Size: int64(r.Size), ClusterSize: int64(r.ClusterSize),
 		Guess: r.Guess, Memory: int64(r.Memory), OnProgress: progress.Update}
 	rep, err := scavenge.Run(ctx, r.Images[0], r.Scavenge, o)
