@@ -35,7 +35,8 @@ type link struct {
 	cluster int
 	start   int // of the extensions
 	exts    []linkExt
-	extEnd  int // behind the mark of their end, or where they end without one
+	extEnd  int  // behind the mark of their end, or where they end without one
+	marked  bool // there is such a mark
 	nameOff int
 	name    string // "" for none
 	format  string // "" when it is not stated
@@ -95,6 +96,7 @@ func (l *link) readExts(end int) error {
 		typ, n := be.Uint32(l.head[at:]), be.Uint32(l.head[at+4:])
 		at += 8
 		if typ == 0 {
+			l.marked = true
 			break
 		}
 		if uint64(n) > uint64(end-at) {
@@ -146,11 +148,16 @@ type change struct {
 }
 
 // plan enters the new name and format. The name comes to a place where nothing
-// is before the fields show it, where the extensions leave it one; the
-// extensions themselves are in the same sector as the fields in all images but
-// those with unusual ones.
+// is, before the fields show it, which are in one sector: a power cut leaves
+// the old name or the new one. So it is with a format that takes the place of
+// one of the same length (in units of 8), as raw and qcow2 do. A longer one
+// shifts the extensions behind it: what a power cut leaves of that may have to
+// be taken back with the undo file.
 func (c *change) plan(l *link, p *Plan) error {
 	exts := l.extensions(c.format)
+	if c.name == "" && l.marked {
+		exts = l.head[l.start:l.extEnd] // a format without a name says nothing
+	}
 	old := l.head[l.start:min(l.extEnd, len(l.head))]
 	at := l.start + len(exts)
 	same := bytes.Equal(exts, old)
