@@ -58,6 +58,7 @@ func (r *Report) Bytes() int64 {
 type Area struct {
 	// Name is "disk", "p2" for partition 2, "p2/vg/root" for a logical
 	// volume, "p2/unallocated" for its volume group's free extents, or "gaps".
+	// Partition 2 is the first of those that the group has.
 	Name string
 	// Where is the place on the disk in bytes. A logical volume of several
 	// pieces, and the gaps, have an Off of -1.
@@ -80,6 +81,9 @@ func Free(ctx context.Context, r io.ReaderAt, size int64, o Options) (*Report, e
 	}
 	j := &judge{ctx: ctx, o: o, report: &Report{}}
 	err := j.disk(r, size)
+	if err == nil {
+		err = j.lvm(r)
+	}
 	if err == nil {
 		err = ctx.Err()
 	}
@@ -112,6 +116,7 @@ type judge struct {
 	ctx    context.Context
 	o      Options
 	report *Report
+	pvs    []pv
 }
 
 // refuse adds an area of which nothing is free. It returns err when that is
@@ -186,7 +191,7 @@ func (j *judge) area(a Area, r io.ReaderAt, at place) error {
 	a.Type = f.name
 	switch {
 	case f.name == "lvm2":
-		return j.lvm(a, r, at)
+		return j.addPV(a)
 	case f.read == nil:
 		return j.refuse(a, freespace.Refuse(freespace.NotJudged, "%s is not judged", f.name))
 	case f.name == "swap" && !j.o.Swap:

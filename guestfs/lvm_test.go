@@ -6,11 +6,95 @@ import (
 	"os"
 	"testing"
 
+	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/guestfs/freespace"
 	"github.com/imagestack/imagestack/guestfs/lvm"
 	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/guesttest"
 )
+
+func decodeGroup(t testing.TB, disk []byte, pvs ...blockmap.Range) *lvm.Group {
+	t.Helper()
+	var volumes []*lvm.Volume
+	for _, at := range pvs {
+		v, err := lvm.Open(t.Context(), bytes.NewReader(disk), at)
+		if err != nil {
+			t.Fatal(err)
+		}
+		volumes = append(volumes, v)
+	}
+	group, err := lvm.Decode(volumes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return group
+}
+
+// A disk was extended by a second partition, and the volume group with it: a
+// logical volume lies on both. Without the other partition, or when its
+// metadata is older, nothing is judged.
+func TestLVMOnTwoPartitions(t *testing.T) {
+	guesttest.Require(t, "mke2fs", "e2fsck", "sfdisk")
+	const size, first, second = 24 << 20, 4 << 20, 40 << 20
+	paths := []string{guesttest.Image(t, size), guesttest.Image(t, size)}
+	vg := guesttest.NewVG(t, paths...)
+	vg.Create("root", "-l", "30") // of 23 extents on each
+	older := load(t, paths[1])
+	vg.Run("lvextend", "-q", "-l", "+1", "vg/root")
+	vg.Close()
+	path, _ := sfdisk(t, 72<<20, "label: gpt\nstart=4M, size=24M\nstart=40M, size=24M\n")
+	disk := load(t, path)
+	copy(disk[first:], load(t, paths[0]))
+	copy(disk[second:], load(t, paths[1]))
+	group := decodeGroup(t, disk, blockmap.Range{Off: first, Len: size}, blockmap.Range{Off: second, Len: size})
+	lv := &group.LVs[0]
+	if len(lv.Pieces) != 2 || lv.Size != 31<<20 {
+		t.Fatalf("%+v", lv)
+	}
+	image := guesttest.Image(t, lv.Size)
+	imgtest.Run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", image)
+	dir, umount := guesttest.Mount(t, image)
+	guesttest.Age(t, dir, 1, 60, 300_000)
+	tree := guesttest.Tree(t, dir)
+	umount()
+	b := load(t, image)
+	lv.Place(0, lv.Size, func(at, n int64) { b = b[copy(disk[at:at+n], b):] })
+
+	rep := mustFree(t, disk, Options{})
+	if a := find(t, rep, "p1/unallocated"); a.Refusal != nil || a.Free != 15<<20 {
+		t.Errorf("%+v", a)
+	}
+	if a := find(t, rep, "p1/vg/root"); a.Refusal != nil || a.Free == 0 {
+		t.Errorf("%+v", a)
+	}
+	for _, f := range rep.Free {
+		copy(disk[f.Off:f.End()], bytes.Repeat([]byte{0xdb}, int(f.Len)))
+	}
+	b, err := io.ReadAll(io.NewSectionReader(lv.ReaderAt(bytes.NewReader(disk)), 0, lv.Size))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(image, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	imgtest.Run(t, "e2fsck", "-fn", image)
+	dir, umount = guesttest.Mount(t, image)
+	guesttest.SameTree(t, guesttest.Tree(t, dir), tree)
+	umount()
+
+	copy(disk[second:], older)
+	rep = mustFree(t, disk, Options{})
+	for _, name := range []string{"p1", "p2"} {
+		if a := find(t, rep, name); a.Refusal == nil || a.Refusal.Code != freespace.Unsupported || len(rep.Free) > 0 {
+			t.Errorf("older metadata: %+v", a)
+		}
+	}
+	clear(disk[second:][:size])
+	rep = mustFree(t, disk, Options{})
+	if a := find(t, rep, "p1"); a.Refusal == nil || a.Refusal.Code != freespace.Unsupported || len(rep.Free) > 0 {
+		t.Errorf("missing: %+v", a)
+	}
+}
 
 // A partition with a volume group: an ext4 in three pieces, an xfs, swap, a
 // logical volume without a filesystem, one with partitions and one with a
@@ -47,10 +131,7 @@ func TestLVM(t *testing.T) {
 		umount()
 		contents[name] = load(t, path)
 	}
-	group, err := lvm.Read(t.Context(), bytes.NewReader(pv), size)
-	if err != nil {
-		t.Fatal(err)
-	}
+	group := decodeGroup(t, pv, blockmap.Range{Len: size})
 	pieces := 0
 	for _, lv := range group.LVs {
 		b := contents[lv.Name]

@@ -9,13 +9,13 @@ func FuzzText(f *testing.F) {
 	f.Add(fill())
 	f.Add(fill("LVS", `s { `+visible+seg(`type = "snapshot" origin = "root"`)))
 	f.Add(fill("LVS", `s { `+visible+seg(`type = "striped" stripe_count = 2 stripes = ["pv0", 20, "pv0", 30]`)))
-	h := &header{uuid: "gWR397PYo0TKKZPutEIGM38CZFgzNhRs", size: 64 * mib, data: area{mib, 63 * mib}, texts: []area{{4096, mib - 4096}}}
+	h := header{uuid: "gWR397PYo0TKKZPutEIGM38CZFgzNhRs", size: 64 * mib, data: area{mib, 63 * mib}, texts: []area{{4096, mib - 4096}}}
 	f.Fuzz(func(t *testing.T, text string) {
 		root, err := parse([]byte(text))
 		if err != nil {
 			return
 		}
-		pv, err := decode(h, root)
+		pv, err := decode([]*Volume{{header: h}}, root)
 		if err != nil {
 			return
 		}

@@ -1,6 +1,7 @@
 package lvm
 
 import (
+	"cmp"
 	"maps"
 	"slices"
 	"strings"
@@ -11,21 +12,26 @@ import (
 
 // group is a volume group while it is decoded.
 type group struct {
-	pv       *PV
-	pvName   string // in the text
-	start    int64  // byte of the first extent
-	extents  int64
-	claims   claims
+	*Group
+	pvs      map[string]*physical // by name in the text
 	lvs      map[string]*section
 	used     map[string]bool // names that any segment mentions
 	segments map[string][]segment
+}
+
+// physical is a physical volume of the group.
+type physical struct {
+	*Volume
+	start   int64 // byte of the disk where its first extent is
+	extents int64
+	claims  claims
 }
 
 // segment is a piece of a logical volume.
 type segment struct {
 	start, n int64 // extents of the logical volume
 	linear   bool
-	at       int64 // extent of the physical volume, when linear
+	at       int64 // byte of the disk, when linear
 }
 
 // unknown finds a word that is not among those that are known.
@@ -39,52 +45,55 @@ func unknown(words []string, known ...string) (string, bool) {
 }
 
 // decode judges the text of a volume group.
-func decode(h *header, root *section) (*PV, error) {
+func decode(volumes []*Volume, root *section) (*Group, error) {
 	if len(root.sections) != 1 {
 		return nil, damaged("metadata text: %d volume groups", len(root.sections))
 	}
 	if c, err := root.text("contents"); err != nil || c != "Text Format Volume Group" || root.values["version"].number != 1 {
 		return nil, freespace.Refuse(freespace.UnknownFeature, "lvm: metadata text of version %d", root.values["version"].number)
 	}
-	g := &group{pv: &PV{UUID: h.uuid}, used: map[string]bool{}, segments: map[string][]segment{}}
+	g := &group{Group: &Group{}, pvs: map[string]*physical{}, used: map[string]bool{}, segments: map[string][]segment{}}
 	var vg *section
-	for g.pv.VG, vg = range root.sections {
+	for g.Name, vg = range root.sections {
 	}
-	if !plainName(g.pv.VG) {
-		return nil, damaged("metadata text: volume group %q", g.pv.VG)
+	if !plainName(g.Name) {
+		return nil, damaged("metadata text: volume group %q", g.Name)
 	}
 	if err := g.checkGroup(vg); err != nil {
 		return nil, err
 	}
-	if err := g.findPV(vg, h); err != nil {
+	if err := g.findPVs(vg, volumes); err != nil {
 		return nil, err
 	}
 	if lvs := vg.sections["logical_volumes"]; lvs != nil {
 		g.lvs = lvs.sections
 	}
-	for name := range maps.Keys(g.lvs) {
+	for name := range g.lvs {
 		if err := g.addSegments(name); err != nil {
 			return nil, err
 		}
 	}
-	if err := g.claims.check(); err != nil {
-		return nil, err
-	}
-	at := int64(0)
-	for _, c := range append(g.claims, claim{start: g.extents}) {
-		if c.start > at {
-			g.pv.Free = append(g.pv.Free, blockmap.Range{Off: g.start + at*g.pv.ExtentSize, Len: (c.start - at) * g.pv.ExtentSize})
+	for _, p := range g.pvs {
+		if err := p.claims.check(); err != nil {
+			return nil, err
 		}
-		at = c.start + c.n
+		at := int64(0)
+		for _, c := range append(p.claims, claim{start: p.extents}) {
+			if c.start > at {
+				g.Free = append(g.Free, blockmap.Range{Off: p.start + at*g.ExtentSize, Len: (c.start - at) * g.ExtentSize})
+			}
+			at = c.start + c.n
+		}
 	}
+	slices.SortFunc(g.Free, func(a, b blockmap.Range) int { return cmp.Compare(a.Off, b.Off) })
 	for _, name := range slices.Sorted(maps.Keys(g.lvs)) {
 		lv, err := g.judge(name)
 		if err != nil {
 			return nil, err
 		}
-		g.pv.LVs = append(g.pv.LVs, lv)
+		g.LVs = append(g.LVs, lv)
 	}
-	return g.pv, nil
+	return g.Group, nil
 }
 
 // checkGroup refuses groups that another host may use, and flags without a
@@ -95,79 +104,93 @@ func (g *group) checkGroup(vg *section) error {
 		return err
 	}
 	if w, bad := unknown(status, "RESIZEABLE", "READ", "WRITE"); bad {
-		return refuse("volume group %s has status %q", g.pv.VG, w)
+		return refuse("volume group %s has status %q", g.Name, w)
 	}
 	if flags, err := vg.words("flags"); err != nil || len(flags) > 0 {
-		return refuse("volume group %s has flags %q", g.pv.VG, flags)
+		return refuse("volume group %s has flags %q", g.Name, flags)
 	}
 	if v, ok := vg.values["lock_type"]; ok && v.text != "none" {
-		return refuse("volume group %s is shared by hosts (lock type %q)", g.pv.VG, v.text)
+		return refuse("volume group %s is shared by hosts (lock type %q)", g.Name, v.text)
 	}
 	if f, err := vg.text("format"); err != nil || f != "lvm2" {
-		return refuse("volume group %s is of format %q", g.pv.VG, f)
+		return refuse("volume group %s is of format %q", g.Name, f)
 	}
 	for name := range vg.sections {
 		if name != "physical_volumes" && name != "logical_volumes" && name != "historical_logical_volumes" {
-			return freespace.Refuse(freespace.UnknownFeature, "lvm: volume group %s has a section %q", g.pv.VG, name)
+			return freespace.Refuse(freespace.UnknownFeature, "lvm: volume group %s has a section %q", g.Name, name)
 		}
 	}
 	const sectors = 1 << 40
+	if g.ID, err = vg.text("id"); err != nil || !plainName(g.ID) {
+		return damaged("metadata text: id of volume group %s", g.Name)
+	}
 	n, err := vg.number("extent_size", 1, sectors)
-	g.pv.ExtentSize = n * sector
+	g.ExtentSize = n * sector
 	return err
 }
 
-// findPV finds this physical volume in the group, and that it is the only one.
-func (g *group) findPV(vg *section, h *header) error {
+// findPVs finds the physical volumes of the group, all of which must be there.
+func (g *group) findPVs(vg *section, volumes []*Volume) error {
 	pvs := vg.sections["physical_volumes"]
 	if pvs == nil || len(pvs.sections) == 0 {
 		return damaged("metadata text: no physical volumes")
 	}
-	if n := len(pvs.sections); n > 1 {
-		return refuse("volume group %s has %d physical volumes", g.pv.VG, n)
+	if n := len(pvs.sections); n != len(volumes) {
+		return refuse("volume group %s has %d physical volumes, of which %d are on this disk with the same metadata", g.Name, n, len(volumes))
 	}
-	var pv *section
-	for g.pvName, pv = range pvs.sections {
-	}
-	id, err := pv.text("id")
-	if err != nil {
-		return err
-	}
-	if strings.ReplaceAll(id, "-", "") != h.uuid {
-		return damaged("the metadata is about physical volume %.40q, this is %q", id, h.uuid)
-	}
-	status, err := pv.words("status")
-	if err != nil {
-		return err
-	}
-	flags, err := pv.words("flags")
-	if err != nil {
-		return err
-	}
-	if w, bad := unknown(append(status, flags...), "ALLOCATABLE"); bad {
-		return refuse("the physical volume has status %q", w)
-	}
-	start, err := pv.number("pe_start", 1, h.size/sector)
-	if err != nil {
-		return err
-	}
-	g.start = start * sector
-	if g.extents, err = pv.number("pe_count", 0, (h.size-g.start)/g.pv.ExtentSize); err != nil {
-		return err
-	}
-	if g.start != h.data.off {
-		return damaged("the first extent is at %d for the metadata, at %d for the label", g.start, h.data.off)
-	}
-	end := g.start + g.extents*g.pv.ExtentSize
-	if end > h.data.off+h.data.n {
-		return damaged("%d extents of %d bytes in %d", g.extents, g.pv.ExtentSize, h.data.n)
-	}
-	for _, a := range h.texts {
-		if a.off < end && g.start < a.off+a.n {
-			return damaged("metadata lies in the extents, at %d", a.off)
+	found := map[*Volume]bool{}
+	for name, pv := range pvs.sections {
+		id, err := pv.text("id")
+		if err != nil {
+			return err
+		}
+		i := slices.IndexFunc(volumes, func(v *Volume) bool { return v.uuid == strings.ReplaceAll(id, "-", "") })
+		if i < 0 || found[volumes[i]] {
+			return damaged("the metadata is about physical volume %.40q, which is not there", id)
+		}
+		found[volumes[i]] = true
+		if g.pvs[name], err = g.checkPV(pv, volumes[i]); err != nil {
+			return err
 		}
 	}
 	return nil
+}
+
+// checkPV compares what the text and the label say of a physical volume.
+func (g *group) checkPV(pv *section, v *Volume) (*physical, error) {
+	status, err := pv.words("status")
+	if err != nil {
+		return nil, err
+	}
+	flags, err := pv.words("flags")
+	if err != nil {
+		return nil, err
+	}
+	if w, bad := unknown(append(status, flags...), "ALLOCATABLE"); bad {
+		return nil, refuse("a physical volume has status %q", w)
+	}
+	first, err := pv.number("pe_start", 1, v.size/sector)
+	if err != nil {
+		return nil, err
+	}
+	start := first * sector
+	p := &physical{Volume: v, start: v.base + start}
+	if p.extents, err = pv.number("pe_count", 0, (v.size-start)/g.ExtentSize); err != nil {
+		return nil, err
+	}
+	if start != v.data.off {
+		return nil, damaged("the first extent is at %d for the metadata, at %d for the label", start, v.data.off)
+	}
+	end := start + p.extents*g.ExtentSize
+	if end > v.data.off+v.data.n {
+		return nil, damaged("%d extents of %d bytes in %d", p.extents, g.ExtentSize, v.data.n)
+	}
+	for _, a := range v.texts {
+		if a.off < end && start < a.off+a.n {
+			return nil, damaged("metadata lies in the extents, at %d", a.off)
+		}
+	}
+	return p, nil
 }
 
 // addSegments notes what a logical volume uses.
@@ -223,7 +246,8 @@ func (g *group) addStriped(name string, s *section, seg *segment) error {
 		if !on.isText || at.isText || at.isList {
 			return damaged("logical volume %.128q: its areas", name)
 		}
-		if on.text != g.pvName {
+		p := g.pvs[on.text]
+		if p == nil {
 			if g.lvs[on.text] == nil {
 				return damaged("logical volume %.128q lies on %.128q, which is not there", name, on.text)
 			}
@@ -231,11 +255,11 @@ func (g *group) addStriped(name string, s *section, seg *segment) error {
 			continue
 		}
 		n := seg.n / areas
-		if at.number < 0 || at.number > g.extents || n > g.extents-at.number {
-			return damaged("logical volume %.128q: extents %d+%d of %d", name, at.number, n, g.extents)
+		if at.number < 0 || at.number > p.extents || n > p.extents-at.number {
+			return damaged("logical volume %.128q: extents %d+%d of %d", name, at.number, n, p.extents)
 		}
-		g.claims = append(g.claims, claim{at.number, n, name})
-		seg.linear, seg.at = areas == 1, at.number
+		p.claims = append(p.claims, claim{at.number, n, name})
+		seg.linear, seg.at = areas == 1, p.start+at.number*g.ExtentSize
 	}
 	return nil
 }
@@ -247,8 +271,8 @@ func (g *group) addOther(name, kind string, s *section) error {
 	}
 	for _, v := range s.values {
 		for _, e := range append(v.list, v) {
-			if e.text == g.pvName && e.isText {
-				return refuse("logical volume %.128q: a segment of type %.40q lies on the physical volume", name, kind)
+			if g.pvs[e.text] != nil && e.isText {
+				return refuse("logical volume %.128q: a segment of type %.40q lies on a physical volume", name, kind)
 			}
 			g.used[e.text] = true
 		}
@@ -266,13 +290,13 @@ func (g *group) judge(name string) (LV, error) {
 	slices.SortFunc(segs, func(a, b segment) int { return int(a.start - b.start) })
 	at, linear := int64(0), true
 	for _, s := range segs {
-		if s.start != at || s.n > 1<<62/g.pv.ExtentSize-at {
+		if s.start != at || s.n > 1<<62/g.ExtentSize-at {
 			return lv, damaged("logical volume %s: a segment at extent %d, want %d", name, s.start, at)
 		}
 		linear = linear && s.linear
 		if p := len(lv.Pieces) - 1; linear {
-			e := g.pv.ExtentSize
-			next := Piece{at * e, g.start + s.at*e, s.n * e}
+			e := g.ExtentSize
+			next := Piece{at * e, s.at, s.n * e}
 			if p >= 0 && lv.Pieces[p].At+lv.Pieces[p].Len == next.At {
 				lv.Pieces[p].Len += next.Len
 			} else {
@@ -281,7 +305,7 @@ func (g *group) judge(name string) (LV, error) {
 		}
 		at += s.n
 	}
-	lv.Size = at * g.pv.ExtentSize
+	lv.Size = at * g.ExtentSize
 	status, err := g.lvs[name].words("status")
 	if err != nil {
 		return lv, err

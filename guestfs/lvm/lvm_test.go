@@ -29,8 +29,12 @@ func load(t testing.TB, path string) []byte {
 	return b
 }
 
-func read(b []byte) (*PV, error) {
-	return Read(context.Background(), bytes.NewReader(b), int64(len(b)))
+func read(b []byte) (*Group, error) {
+	v, err := Open(context.Background(), bytes.NewReader(b), blockmap.Range{Len: int64(len(b))})
+	if err != nil {
+		return nil, err
+	}
+	return Decode([]*Volume{v})
 }
 
 // compare compares with what pvs says of each segment of the physical volume.

@@ -7,30 +7,43 @@ import (
 	"github.com/imagestack/imagestack/internal/imgtest"
 )
 
-// VG is a volume group on one physical volume, which fills an image.
+// VG is a volume group on physical volumes that fill images.
 type VG struct {
-	t     testing.TB
-	dev   string
-	Close func() // lets go of the image
+	t      testing.TB
+	filter string
+	detach []func()
 }
 
-// NewVG makes a volume group named vg in an image, with extents of 1 MiB.
-func NewVG(t testing.TB, path string) *VG {
+// NewVG makes a volume group named vg in images, with extents of 1 MiB.
+func NewVG(t testing.TB, paths ...string) *VG {
 	t.Helper()
 	imgtest.Require(t, "lvm")
-	dev, detach := Loop(t, path)
-	v := &VG{t, dev, detach}
-	v.Run("pvcreate", "-q", v.dev)
-	v.Run("vgcreate", "-q", "-s", "1M", "vg", v.dev)
+	v := &VG{t: t}
+	var devices []string
+	for _, path := range paths {
+		device, detach := Loop(t, path)
+		v.detach = append(v.detach, detach)
+		devices = append(devices, device)
+		v.filter += fmt.Sprintf(`"a|^%s$|",`, device)
+	}
+	v.Run("pvcreate", append([]string{"-q"}, devices...)...)
+	v.Run("vgcreate", append([]string{"-q", "-s", "1M", "vg"}, devices...)...)
 	return v
 }
 
-// Run runs a command of LVM2, which sees this physical volume alone and never
+// Run runs a command of LVM2, which sees these physical volumes alone and never
 // asks the kernel for anything: what is made cannot be activated.
 func (v *VG) Run(command string, args ...string) string {
 	v.t.Helper()
-	only := fmt.Sprintf(`devices { global_filter=["a|^%s$|","r|.*|"] }`, v.dev)
+	only := "devices { global_filter=[" + v.filter + `"r|.*|"] }`
 	return string(imgtest.Run(v.t, "lvm", append([]string{command, "--driverloaded", "n", "--config", only}, args...)...))
+}
+
+// Close lets go of the images.
+func (v *VG) Close() {
+	for _, detach := range v.detach {
+		detach()
+	}
 }
 
 // Create makes a logical volume.
