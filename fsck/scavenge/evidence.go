@@ -74,10 +74,10 @@ type guest struct {
 }
 
 const (
-	maxGuests  = 24
+	maxGuests  = 64
 	maxPhases  = 3
 	maxSupers  = 4096
-	maxTables  = 256
+	maxTables  = 256 // of each kind
 	alignGuest = 512
 )
 
@@ -224,7 +224,10 @@ func (e *evidence) meta(b []byte, n int, loc int64) error {
 
 // finish sorts what the passes found.
 func (e *evidence) finish() {
-	slices.SortFunc(e.hits, func(a, b hit) int { return cmp.Compare(a.loc, b.loc) })
+	slices.SortFunc(e.hits, func(a, b hit) int {
+		return cmp.Or(cmp.Compare(a.loc, b.loc), cmp.Compare(a.fs, b.fs), cmp.Compare(a.kind, b.kind), cmp.Compare(a.off, b.off), cmp.Compare(a.n, b.n))
+	})
+	e.hits = slices.Compact(e.hits) // an inode may have copies, which say the same
 	slices.SortFunc(e.seeds, func(a, b seedHit) int {
 		return cmp.Or(cmp.Compare(a.fs, b.fs), cmp.Compare(a.seed, b.seed), cmp.Compare(a.loc, b.loc))
 	})

@@ -3,6 +3,8 @@ package scavenge
 import (
 	"encoding/binary"
 	"math/bits"
+
+	"github.com/imagestack/imagestack/blockmap"
 )
 
 // extFS is what a superblock of ext2, 3 or 4 says (kernel documentation, ext4
@@ -22,6 +24,9 @@ type extFS struct {
 	// group descriptors; 0 is not known, noTable is contradicted.
 	tables []uint64
 
+	// journal is where it lies, in bytes of the filesystem; it is full of
+	// copies of metadata.
+	journal  []blockmap.Range
 	bitmaps  []bitmap // see ext4bitmap.go
 	bigalloc uint     // log2 of the blocks of a cluster
 
@@ -55,7 +60,7 @@ func (e *evidence) extSuper(w []byte, loc int64) {
 		x.desc = int64(le.Uint16(w[0xfe:]))
 	}
 	want := uint64(0)
-	if bs == 1024 {
+	if bs == 1024 && ro&0x200 == 0 {
 		want = 1
 	}
 	if x.first != want || x.perGroup == 0 || x.perGroup > uint64(8*bs)*1024 || x.perGroup%8 != 0 || x.blocks <= x.first ||
@@ -84,6 +89,15 @@ func (e *evidence) extSuper(w []byte, loc int64) {
 		x.sumSeed = crc32c(^uint32(0), uuid[:])
 		if incompat&0x2000 != 0 { // metadata_csum_seed
 			x.sumSeed = le.Uint32(w[0x270:])
+		}
+	}
+	if w[0xfd] == 1 { // a copy of the journal's inode is here
+		if depth, ext := parseExtents(w[0x10c:0x10c+60], nil); depth == 0 {
+			for _, r := range ext {
+				if r.phys < x.blocks && r.n <= x.blocks-r.phys {
+					x.journal = append(x.journal, blockmap.Range{Off: int64(r.phys) * bs, Len: int64(r.n) * bs})
+				}
+			}
 		}
 	}
 	group := uint64(le.Uint16(w[90:]))
@@ -163,7 +177,7 @@ func (x *extFS) look(e *evidence, g *guest, b []byte, loc int64) error {
 		at := group*x.tableBlocks + index/x.perBlock
 		return e.add(g, kindInodes, loc, int64(at)*x.block, x.block)
 	}
-	return x.descriptors(e, b)
+	return x.descriptors(e, g, b, loc)
 }
 
 // inodeBlock returns the number of the first inode in a block of an inode
@@ -223,7 +237,7 @@ func (x *extFS) seed(ino uint64, raw []byte) uint32 {
 
 // descriptors takes a block of group descriptors: their checksums, 16 bits
 // each, tell of which groups.
-func (x *extFS) descriptors(e *evidence, b []byte) error {
+func (x *extFS) descriptors(e *evidence, g *guest, b []byte, loc int64) error {
 	le := binary.LittleEndian
 	table := func(d []byte) (bitmap, inodeTable uint64) {
 		bitmap, inodeTable = uint64(le.Uint32(d)), uint64(le.Uint32(d[8:]))
@@ -270,6 +284,13 @@ func (x *extFS) descriptors(e *evidence, b []byte) error {
 			}
 			if err := x.addBitmaps(e, b[int64(i)*x.desc:][:x.desc]); err != nil {
 				return err
+			}
+		}
+		// Behind a superblock they stand where it stands.
+		ahead := int64(1+k) * x.block
+		for _, sup := range g.supers {
+			if sup.loc&^(x.block-1) == loc-ahead {
+				return e.add(g, kindPlain, loc, sup.off&^(x.block-1)+ahead, x.block)
 			}
 		}
 		return nil

@@ -10,6 +10,7 @@ const (
 	maxExtents   = 4096    // of one directory
 	maxDirBlocks = 1 << 16 // of one directory that are candidates for a block
 	maxNodes     = 1 << 14 // of one extent tree
+	maxTreeSteps = 1 << 28 // of one filesystem; only an image made for it needs so many
 	extentsFlag  = 0x80000
 )
 
@@ -57,6 +58,9 @@ type treeWalk struct {
 	g    *guest
 	fits func(loc, off int64) bool
 	node []byte
+	// steps bounds what many blocks with one seed and many copies of its
+	// inode would cost.
+	steps int64
 }
 
 // seeds are the blocks with this seed.
@@ -80,7 +84,7 @@ func (t *treeWalk) inode(ino uint64, raw []byte) error {
 	}
 	blocks := t.seeds(t.x.seed(ino, raw))
 	depth, nodes := parseExtents(raw[40:100], nil)
-	if depth < 0 {
+	if depth < 0 || t.steps > maxTreeSteps {
 		return nil
 	}
 	var leaves []extent
@@ -90,7 +94,8 @@ func (t *treeWalk) inode(ino uint64, raw []byte) error {
 	for visited := 0; depth > 0 && len(nodes) > 0; depth-- {
 		var next []extent
 		for _, n := range nodes {
-			if visited++; visited > maxNodes {
+			t.steps += int64(len(blocks))
+			if visited++; visited > maxNodes || t.steps > maxTreeSteps {
 				break
 			}
 			for _, b := range blocks {
@@ -134,7 +139,7 @@ func (t *treeWalk) inside(phys, n uint64) bool {
 // the others only those are placed that fit at one of the directory's places.
 func (t *treeWalk) directory(blocks []seedHit, leaves []extent) error {
 	for _, b := range blocks {
-		if b.depth >= 0 {
+		if b.depth >= 0 || t.steps > maxTreeSteps {
 			continue
 		}
 		place, places, tried := int64(0), 0, uint64(0)
@@ -143,6 +148,7 @@ func (t *treeWalk) directory(blocks []seedHit, leaves []extent) error {
 				continue
 			}
 			for k := range l.n {
+				t.steps++
 				if tried++; tried > maxDirBlocks || places > 1 {
 					break
 				}
@@ -152,6 +158,12 @@ func (t *treeWalk) directory(blocks []seedHit, leaves []extent) error {
 				if off := int64(l.phys+k) * t.x.block; t.fits(b.loc, off) {
 					place, places = off, places+1
 				}
+			}
+		}
+		if places == 0 && tried > 0 && tried <= maxDirBlocks {
+			// A copy: the directory has no block here.
+			if err := t.e.add(t.g, kindAgainst, b.loc, 0, t.x.block); err != nil {
+				return err
 			}
 		}
 		if places == 1 && tried <= maxDirBlocks {

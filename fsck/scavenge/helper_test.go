@@ -180,6 +180,11 @@ func run(t testing.TB, path string, o scavenge.Options) (string, *scavenge.Repor
 		}
 		t.Logf("  %s %s of %d at %d: %s, %d blocks", f.Type, f.UUID, f.Size, base, f.Basis, f.Blocks)
 	}
+	for i, u := range r.Unplaced {
+		if i < 4 {
+			t.Logf("  unplaced %+v", u)
+		}
+	}
 	for _, n := range r.Notes {
 		t.Log("  note:", n)
 	}

@@ -30,6 +30,8 @@ func partName(name string) string { return name + ".incomplete" }
 // sink takes content of the disk.
 type sink interface {
 	write(guest int64, p []byte) error
+	// zeros is write of zeros, in the length of p, which it may use.
+	zeros(guest int64, p []byte) error
 	zero(guest, n int64) error
 	unreadable(guest, n int64) error
 }
@@ -72,6 +74,15 @@ func (s *imageSink) write(guest int64, p []byte) error {
 	return s.ed.WriteAt(s.ctx, p[:n], guest, s.below)
 }
 
+func (s *imageSink) zeros(guest int64, p []byte) error {
+	if !s.keep {
+		s.done += s.clip(guest, int64(len(p)))
+		return nil
+	}
+	clear(p)
+	return s.write(guest, p)
+}
+
 func (s *imageSink) zero(guest, n int64) error {
 	if n = s.clip(guest, n); n == 0 || !s.keep {
 		return nil
@@ -97,6 +108,7 @@ func (s fileSink) write(at int64, p []byte) error {
 	return err
 }
 
+func (fileSink) zeros(int64, []byte) error     { return nil }
 func (fileSink) zero(int64, int64) error       { return nil }
 func (fileSink) unreadable(int64, int64) error { return nil }
 

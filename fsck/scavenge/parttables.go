@@ -29,7 +29,7 @@ const anySize = int64(1) << 61
 func (e *evidence) gptHeader(w []byte, loc int64) {
 	le := binary.LittleEndian
 	size := le.Uint32(w[12:])
-	if size < 92 || size > sector || len(e.tables) >= maxTables {
+	if size < 92 || size > sector || e.countTables(true) >= maxTables {
 		return
 	}
 	h := slices.Clone(w[:size])
@@ -54,7 +54,7 @@ func (e *evidence) gptHeader(w []byte, loc int64) {
 // mbr takes a master boot record with partitions. It has no checksum, and is
 // used only where a filesystem confirms it.
 func (e *evidence) mbr(w []byte, loc int64) {
-	if len(e.tables) >= maxTables || w[446]&0x7f != 0 || w[450] == 0xee {
+	if w[446]&0x7f != 0 || w[450] == 0xee || e.countTables(false) >= maxTables {
 		return
 	}
 	parts, err := guestfs.Partitions(context.Background(), headReader{w, nil}, anySize)
@@ -67,6 +67,15 @@ func (e *evidence) mbr(w []byte, loc int64) {
 		}
 	}
 	e.tables = append(e.tables, table{loc: loc, parts: parts})
+}
+
+func (e *evidence) countTables(gpt bool) (n int) {
+	for i := range e.tables {
+		if e.tables[i].gpt == gpt {
+			n++
+		}
+	}
+	return n
 }
 
 func protective() []byte {

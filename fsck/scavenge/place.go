@@ -33,7 +33,7 @@ type pieces struct {
 	same func(a, b int32) bool
 }
 
-var codes = []string{whyNone, whyConflict, whyUnclear, whyStale, whyOccupied, whyExtension, whyNoTable, whyElsewhere,
+var codes = []string{whyNone, whyConflict, whyUnclear, whyStale, whyOccupied, whyExtension, whyNoTable, whyElsewhere, whySnapshot,
 	ProofSurvived, ProofFoundL1, ProofSnapshot, ProofOnlyPlace, ProofGuest, ProofShared, ProofTails, GuessRun}
 
 func codeOf(s string) uint8 { return uint8(slices.Index(codes, s)) }
@@ -104,17 +104,49 @@ func (p *pieces) refuse(piece int32, why string, places ...int64) {
 
 // tally is what the evidence in a piece says.
 type tally struct {
-	best    [4]struct{ unit, n int64 }
+	best    [4]score
 	used    int
 	more    int64 // votes for further units
-	against int64 // blocks that do not belong where they lie
+	against score // blocks that do not belong where they lie
 	dup     bool  // one block with two places
 }
 
-func (t *tally) vote(unit, n int64) {
+// score counts blocks that say the same. Some of them may be copies in the
+// journal: they are, if the piece is one of the units from lo to hi.
+type score struct {
+	unit, n, copies, lo, hi int64
+}
+
+func (s *score) add(n int64, j journalUnits) {
+	s.n += n
+	if j.hi >= j.lo {
+		if s.copies == 0 {
+			s.lo, s.hi = j.lo, j.hi
+		}
+		s.lo, s.hi = min(s.lo, j.lo), max(s.hi, j.hi)
+		s.copies += n
+	}
+}
+
+// unless is how many blocks contradict that the piece is at unit u.
+func (s *score) unless(u int64) int64 {
+	if s.copies > 0 && u >= s.lo && u <= s.hi {
+		return s.n - s.copies
+	}
+	return s.n
+}
+
+// journalUnits are the units in which a byte of a piece would lie in the
+// journal; none when hi is less than lo.
+type journalUnits struct{ lo, hi int64 }
+
+func (t *tally) vote(unit, n int64, j journalUnits) {
+	if unit >= j.lo && unit <= j.hi {
+		j = journalUnits{0, -1} // it does not take itself for a copy
+	}
 	for i := range t.used {
 		if t.best[i].unit == unit {
-			t.best[i].n += n
+			t.best[i].add(n, j)
 			return
 		}
 	}
@@ -122,7 +154,8 @@ func (t *tally) vote(unit, n int64) {
 		t.more += n
 		return
 	}
-	t.best[t.used].unit, t.best[t.used].n = unit, n
+	t.best[t.used].unit = unit
+	t.best[t.used].add(n, j)
 	t.used++
 }
 
@@ -133,31 +166,48 @@ const dominance = 16
 // ones, each of which holds a copy. clear is false when it contradicts itself.
 func (p *pieces) decide(t *tally) (units []int64, votes int64, clear bool) {
 	b := t.best[:t.used]
-	slices.SortFunc(b, func(x, y struct{ unit, n int64 }) int {
-		return cmp.Or(cmp.Compare(y.n, x.n), cmp.Compare(x.unit, y.unit))
-	})
+	slices.SortFunc(b, func(x, y score) int { return cmp.Or(cmp.Compare(y.n, x.n), cmp.Compare(x.unit, y.unit)) })
 	if len(b) == 0 {
 		return nil, 0, true
 	}
-	n := 1
 	if t.dup && len(b) == 2 && b[0].n == b[1].n && t.more == 0 {
-		n = 2
+		// The block and its copy.
+		return []int64{b[0].unit, b[1].unit}, b[0].n, !p.clustered || b[0].n >= dominance*t.against.n
 	}
-	rest := t.more
-	for _, x := range b[n:] {
-		rest += x.n
+	for i := range b {
+		units = append(units, b[i].unit)
 	}
-	votes = b[0].n
-	for _, x := range b[:n] {
-		units = append(units, x.unit)
+	right := -1
+	for i := range b {
+		if p.holds(t, b, i) {
+			if right >= 0 {
+				return units, b[0].n, false
+			}
+			right = i
+		}
 	}
-	if p.clustered {
-		rest += t.against
-	} else if votes < 3 && t.against*64 >= p.unit/4096 {
-		// So many copies that a few may fit by chance.
-		return units, votes, false
+	if right < 0 {
+		return units, b[0].n, false
 	}
-	return units, votes, votes >= dominance*rest
+	return []int64{b[right].unit}, b[right].n, true
+}
+
+// holds tells whether the piece can be at the unit of b[i].
+func (p *pieces) holds(t *tally, b []score, i int) bool {
+	c := &b[i]
+	rest, against := t.more, t.against.unless(c.unit)
+	for k := range b {
+		if k != i {
+			rest += b[k].unless(c.unit)
+		}
+	}
+	if p.clustered || c.copies == c.n {
+		// It may well be a part of the journal, where few things fit, and in
+		// a small cluster one of few by chance.
+		return c.n >= dominance*(rest+against) && (c.n > 1 || c.copies == 0)
+	}
+	// So many copies may be there that a few fit by chance.
+	return c.n >= dominance*rest && (c.n >= 3 || against*64 < p.unit/4096)
 }
 
 // claim is a piece that has proof for a unit.
@@ -211,14 +261,18 @@ func (p *pieces) tallies(e *evidence, placed bool, visit func(piece int32, t *ta
 				open[s.piece] = t
 			}
 			fit := 0
+			ju := journalUnits{0, -1}
+			if h.fs >= 0 {
+				ju = p.inJournal(e.guests[h.fs], s.rel)
+			}
 			for _, off := range offs {
 				if v := base + off - s.rel; v%p.unit == 0 && p.inDisk(v/p.unit) {
-					t.vote(v/p.unit, int64(h.n))
+					t.vote(v/p.unit, int64(h.n), ju)
 					fit++
 				}
 			}
 			if fit == 0 {
-				t.against += int64(h.n)
+				t.against.add(int64(h.n), ju)
 			}
 			t.dup = t.dup || fit > 1
 		}
@@ -232,6 +286,28 @@ func (p *pieces) tallies(e *evidence, placed bool, visit func(piece int32, t *ta
 	return nil
 }
 
+// inJournal tells in which units byte rel of a piece would lie in the journal
+// of g.
+func (p *pieces) inJournal(g *guest, rel int64) journalUnits {
+	out := journalUnits{0, -1}
+	if g.ext == nil || g.rank == rankNone {
+		return out
+	}
+	for _, r := range g.ext.journal {
+		// The first and the last u with from <= u*unit+rel < to.
+		from, to := g.base+r.Off-rel, g.base+r.Off+r.Len-rel
+		lo, hi := (max(from, 0)+p.unit-1)/p.unit, (to-1)/p.unit
+		if to <= 0 || hi < lo {
+			continue
+		}
+		if out.hi < out.lo {
+			out = journalUnits{lo, hi}
+		}
+		out.lo, out.hi = min(out.lo, lo), max(out.hi, hi)
+	}
+	return out
+}
+
 // byEvidence places what the evidence proves and reports how many.
 func (p *pieces) byEvidence(e *evidence, proof string) (placed int, err error) {
 	var claims []claim
@@ -239,7 +315,7 @@ func (p *pieces) byEvidence(e *evidence, proof string) (placed int, err error) {
 		units, votes, clear := p.decide(t)
 		switch {
 		case len(units) == 0:
-			if t.against > 0 && p.clustered && p.why[piece] == codeOf(whyNone) {
+			if t.against.n > 0 && p.clustered && p.why[piece] == codeOf(whyNone) {
 				p.refuse(piece, whyUnclear)
 			}
 		case !clear:

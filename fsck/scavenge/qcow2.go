@@ -295,6 +295,13 @@ func (r *refcounts) open(q *qcow2Image) {
 	}
 }
 
+// counted tells whether the counts around a cluster can be believed: a block
+// of them that is all zeros, or missing, was lost, for the file goes on there.
+func (r *refcounts) counted(c int64) bool {
+	r.count(c)
+	return r.loaded == c/(r.q.cluster<<3>>r.q.order) && !isZero(r.block)
+}
+
 // count is the reference count of a cluster of the file.
 func (r *refcounts) count(c int64) uint64 {
 	per := r.q.cluster << 3 >> r.q.order

@@ -46,6 +46,7 @@ func TestLostL1(t *testing.T) {
 		args       []string
 	}{
 		{"ext4 64K", "ext4", 1 << 30, nil, nil},
+		{"ext4 without checksums", "ext4", 1 << 30, []string{"-O", "^metadata_csum"}, nil},
 		{"ext4 16K", "ext4", 1 << 30, nil, []string{"-o", "cluster_size=16k"}},
 		{"ext4 v2 compressed", "ext4", 1 << 30, nil, []string{"-c", "-o", "compat=0.10"}},
 		{"ext4 extended", "ext4", 1 << 30, nil, []string{"-o", "extended_l2=on,cluster_size=32k"}},

@@ -215,6 +215,7 @@ func (j *qcow2Job) readL1(l l1Range, visit func(unit int64, table int32)) {
 // survivors places what L1 tables say, and sorts out what is not in use.
 func (j *qcow2Job) survivors(ctx context.Context) error {
 	snapAt := map[int32]int64{} // table -> unit
+	j.snapAt = snapAt
 	snapRefs := map[int32]uint64{}
 	for _, l := range j.snapL1 {
 		j.readL1(l, func(u int64, t int32) {
@@ -232,7 +233,7 @@ func (j *qcow2Job) survivors(ctx context.Context) error {
 			active[t] = u
 		})
 	}
-	stale := 0
+	var stale []int32
 	for i, t := range j.tables {
 		k := int32(i)
 		_, named := active[k]
@@ -240,7 +241,7 @@ func (j *qcow2Job) survivors(ctx context.Context) error {
 			continue
 		}
 		switch {
-		case !j.refs.trusted:
+		case !j.refs.trusted || !j.refs.counted(t.host>>j.bits):
 			if snapRefs[k] > 0 {
 				j.p.idle.set(int64(i)) // for now, see below
 			}
@@ -249,12 +250,13 @@ func (j *qcow2Job) survivors(ctx context.Context) error {
 			j.p.idle.set(int64(i))
 			if snapRefs[k] == 0 {
 				j.p.refuse(k, whyStale)
-				stale++
+				stale = append(stale, k)
 			}
 		}
 	}
-	if stale > 0 {
-		j.rep.note(fmt.Sprintf("%d L2 tables are of earlier times: the reference counts say that they are not in use", stale))
+	stale = j.reallyStale(stale)
+	if len(stale) > 0 {
+		j.rep.note(fmt.Sprintf("%d L2 tables are of earlier times: the reference counts say that they are not in use", len(stale)))
 	}
 	var claims []claim
 	for t, u := range active {
@@ -294,6 +296,32 @@ func (j *qcow2Job) survivors(ctx context.Context) error {
 		j.p.settle(claims, ProofSnapshot)
 	}
 	return ctx.Err()
+}
+
+// reallyStale takes out tables that are not counted and name clusters that are,
+// and that no other table names: there the count of the table is wrong.
+func (j *qcow2Job) reallyStale(stale []int32) []int32 {
+	if len(stale) == 0 {
+		return nil
+	}
+	live := newBitset(j.clusters)
+	for i, t := range j.tables {
+		if !slices.Contains(stale, int32(i)) {
+			j.targets(t, func(_ int64, w l2Word) { live.set(w.host >> j.bits) })
+		}
+	}
+	return slices.DeleteFunc(stale, func(k int32) bool {
+		needed := false
+		j.targets(j.tables[k], func(_ int64, w l2Word) {
+			c := w.host >> j.bits
+			needed = needed || !live.get(c) && j.refs.count(c) > 0
+		})
+		if needed {
+			j.p.idle[k>>6] &^= 1 << (k & 63)
+			j.p.refuse(k, whyNone)
+		}
+		return needed
+	})
 }
 
 // anyOpen tells whether a table still wants a place.
@@ -414,6 +442,9 @@ func (j *qcow2Job) content(ctx context.Context, piece int32, at int64, out sink)
 }
 
 func (j *qcow2Job) copy(host int64, data []byte, guest int64, out sink) error {
+	if !j.used.get(host >> j.bits) {
+		return out.zeros(guest, data)
+	}
 	if !j.src.read(data, host) {
 		return out.unreadable(guest, int64(len(data)))
 	}
@@ -478,12 +509,20 @@ func (j *qcow2Job) leftovers(ctx context.Context) error {
 		}
 		k := int32(i)
 		u := Unplaced{Host: t.host, Length: int64(t.mapped) << j.bits, Why: j.p.proof(k), Places: j.p.cands[k]}
-		err := j.keep(u, fmt.Sprintf("l2-%#x.raw", t.host), func(f backend.File) error {
-			if err := f.Truncate(j.span()); err != nil {
-				return err
-			}
-			return j.content(ctx, k, 0, fileSink{f})
-		})
+		err := j.keep(u, fmt.Sprintf("l2-%#x.raw", t.host), func(f backend.File) error { return j.tableFile(ctx, k, f) })
+		if err != nil {
+			return err
+		}
+	}
+	// Where a snapshot has a table the active state has one too.
+	for i := range j.tables {
+		u, ok := j.snapAt[int32(i)]
+		if !ok || j.p.place[i] >= 0 || !j.p.idle.get(int64(i)) || j.p.taken.has(int32(u)) || !j.p.inDisk(u) {
+			continue
+		}
+		t := j.tables[i]
+		err := j.keep(Unplaced{Host: t.host, Length: int64(t.mapped) << j.bits, Why: whySnapshot, Places: []int64{u * j.span()}},
+			fmt.Sprintf("l2-%#x.raw", t.host), func(f backend.File) error { return j.tableFile(ctx, int32(i), f) })
 		if err != nil {
 			return err
 		}
@@ -495,6 +534,14 @@ func (j *qcow2Job) leftovers(ctx context.Context) error {
 		}
 		return whyNoTable
 	})
+}
+
+// tableFile writes what a table maps into a sparse file.
+func (j *qcow2Job) tableFile(ctx context.Context, piece int32, f backend.File) error {
+	if err := f.Truncate(j.span()); err != nil {
+		return err
+	}
+	return j.content(ctx, piece, 0, fileSink{f})
 }
 
 func (j *qcow2Job) create(ctx context.Context, f backend.File, to string) (layers.Editor, error) {

@@ -27,6 +27,7 @@ const (
 	whyStale       = "not in use"         // the reference counts say so
 	whyOccupied    = "place taken"        // its place belongs to a surviving entry
 	whyExtension   = "format extension"   // not part of the disk
+	whySnapshot    = "of a snapshot"      // what the active state has there was not found
 	whyNoTable     = "lost L2 table"      // in use, but no table maps it
 	whyElsewhere   = "entry contradicted" // an entry and the content disagree
 )

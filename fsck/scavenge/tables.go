@@ -89,9 +89,10 @@ type qcow2Job struct {
 	src    *source // of both
 	rep    *Report
 	snapL1 []l1Range
-	tables []l2Table // sorted by host
-	used   bitset    // clusters of the file that hold data and not only zeros
-	mapped bitset    // clusters that a table names
+	snapAt map[int32]int64 // table -> unit that a snapshot has it at
+	tables []l2Table       // sorted by host
+	used   bitset          // clusters of the file that hold data and not only zeros
+	mapped bitset          // clusters that a table names
 	isTab  bitset
 	l1like []int64 // clusters that look like a part of an L1 table
 	refs2  []tableRef
