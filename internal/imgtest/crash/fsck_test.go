@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
@@ -210,19 +209,8 @@ func repairFile(ctx context.Context, dir string) error {
 	return fsckRun(ctx, filepath.Join(dir, crash.ImageFile))
 }
 
-// fsckRun is image-fsck -y. While another test starts a program the kernel may
-// hold a copy of our files, and so a lock, for a moment more than we do.
+// fsckRun is image-fsck -y.
 func fsckRun(ctx context.Context, path string) (err error) {
-	for range 500 {
-		if err = fsckOnce(ctx, path); !errors.Is(err, backend.ErrInUse) {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-	}
-	return err
-}
-
-func fsckOnce(ctx context.Context, path string) (err error) {
 	fsck.Run(ctx, []string{path}, fsck.RunOptions{Decide: fsck.DecideAll, Serial: true}, func(r *fsck.ImageResult) {
 		if exit := r.Exit(); exit&^fsck.ExitCorrected != 0 {
 			err = fmt.Errorf("exit %d: %w", exit, r.Err)

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"time"
 
 	"github.com/imagestack/imagestack/backend"
 )
@@ -120,14 +121,27 @@ func (op *NamesOp) judge(ctx context.Context, tr *Traced, s *backend.State, scra
 	if err := tr.Put(s, dir); err != nil {
 		return err
 	}
-	if err := op.Judge(ctx, dir, s.Completed == tr.Rec.Syncs()); err != nil {
+	if err := patient(func() error { return op.Judge(ctx, dir, s.Completed == tr.Rec.Syncs()) }); err != nil {
 		return fmt.Errorf("after the power cut: %w", err)
 	}
-	if err := op.Run(ctx, dir); err != nil {
+	if err := patient(func() error { return op.Run(ctx, dir) }); err != nil {
 		return fmt.Errorf("done again after the power cut: %w", err)
 	}
-	if err := op.Judge(ctx, dir, true); err != nil {
+	if err := patient(func() error { return op.Judge(ctx, dir, true) }); err != nil {
 		return fmt.Errorf("done again after the power cut: %w", err)
 	}
 	return nil
+}
+
+// patient does something again for as long as a lock is in its way: while
+// another test starts a program, the kernel may hold a copy of our own files
+// for a moment more than we do.
+func patient(do func() error) (err error) {
+	for range 500 {
+		if err = do(); !errors.Is(err, backend.ErrInUse) {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return err
 }
