@@ -25,6 +25,9 @@ type Options struct {
 	KeepZeros bool
 	// DedupParent drops clusters that are equal to what the layers below show.
 	DedupParent bool
+	// MostLeaked admits an image of which more is leaked than in use: one whose
+	// map was lost looks like that, too.
+	MostLeaked bool
 	// MaxExtra is the extra space at the peak, in bytes; 0 means
 	// DefaultMaxExtra.
 	MaxExtra int64

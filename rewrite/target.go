@@ -67,6 +67,9 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 	}
 	at := trace.Images[o.Layer]
 	t := &target{path: at.Path, format: at.Format, record: fileRecord(at.Path + recordSuffix)}
+	if err := t.onDevice(); err != nil {
+		return nil, err
+	}
 	if err := t.readRecord(o, m); err != nil {
 		return nil, err
 	}
@@ -244,6 +247,22 @@ func checkBundle(trace *open.Trace, layer int) error {
 	case m.Images > 1 && len(trace.Descriptors) == 0:
 		return fmt.Errorf("%s: %w: it is an image of the bundle %s; name that, without --format", at.Path, layers.ErrUnsupported, m.Descriptor)
 	}
+	return nil
+}
+
+// onDevice sees to images on block devices, beside which no record can lie and
+// which have no end to cut off: a raw one can give space back nevertheless, and
+// needs no record.
+func (t *target) onDevice() error {
+	st, err := os.Stat(t.path)
+	if err != nil || st.Mode().IsRegular() {
+		return err
+	}
+	if t.format != "raw" {
+		return fmt.Errorf("%s: %w: on a block device nothing is gained: its length stays", t.path, layers.ErrUnsupported)
+	}
+	t.record = noRecord{}
+	t.sizes = func() (Size, error) { return Size{t.layer.Size(), t.layer.Size()}, nil }
 	return nil
 }
 
