@@ -177,3 +177,43 @@ func TestCompactLayers(t *testing.T) {
 		t.Errorf("a snapshot of a bundle: exit %d\n%s%s", o.exit, o.stdout, o.stderr)
 	}
 }
+
+// TestCompactTrimmed: a ploop image whose guest was trimmed is mostly leaks. It
+// is worked on when the guest proves that the map is whole.
+func TestCompactTrimmed(t *testing.T) {
+	imgtest.RequireFuse(t)
+	imgtest.RequireLoop(t)
+	imgtest.Require(t, "mkfs.ext4", "fstrim", "e2fsck")
+	image := createPloop(t, workDir(t), 256<<20, false)
+	m := mountImage(t, image, "-w", "--loop")
+	imgtest.Run(t, "mkfs.ext4", "-q", "-F", m.loop)
+	mnt, umount := mountGuest(t, m.loop, "rw")
+	kept := imgtest.PatternBytes(5, 0, 8<<20)
+	for name, b := range map[string][]byte{"gone": imgtest.PatternBytes(4, 0, 120<<20), "kept": kept} {
+		if err := os.WriteFile(filepath.Join(mnt, name), b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		imgtest.Run(t, "sync", "-f", mnt)
+	}
+	if err := os.Remove(filepath.Join(mnt, "gone")); err != nil {
+		t.Fatal(err)
+	}
+	imgtest.Run(t, "fstrim", mnt)
+	umount()
+	m.unmount()
+	d := compactJSON(t, image)
+	if d.step("leaks") > 0 && d.After.Apparent > 40<<20 || d.After.Apparent > 60<<20 {
+		t.Errorf("%+v", d)
+	}
+	checkPloop(t, image, false)
+	m = mountImage(t, image, "--loop")
+	imgtest.Run(t, "e2fsck", "-fn", m.loop)
+	mnt, umount = mountGuest(t, m.loop, "ro")
+	got, err := os.ReadFile(filepath.Join(mnt, "kept"))
+	if err != nil {
+		t.Error(err)
+	}
+	wantBytes(t, "what was kept", got, kept)
+	umount()
+	m.unmount()
+}

@@ -26,6 +26,7 @@ type flags struct {
 	Gaps        bool     `help:"Also give back what no partition covers."`
 	Swap        bool     `help:"Also give back the content of swap areas."`
 	DedupParent bool     `help:"Also give back clusters that are equal to what the layers below show."`
+	MostLeaked  bool     `help:"Also work on an image of which more is leaked than in use, as it looks when a part of the map was lost."`
 	Layer       int      `placeholder:"N" help:"Work on this layer and not on the top one, 0."`
 	To          string   `placeholder:"NEW" help:"Leave IMAGE alone and make a compact copy of it, NEW, which must not exist."`
 	MaxExtra    cli.Size `default:"64M" placeholder:"SIZE" help:"Extra space at the peak (default 64M)."`

@@ -73,8 +73,8 @@ func (r *run) do(ctx context.Context) error {
 	if err != nil {
 		err = r.explain(ctx, err, report != nil)
 	}
-	if report == nil {
-		return err
+	if report == nil || err != nil && report.After == nil {
+		return err // nothing was done
 	}
 	d := newDocument(act, report, err)
 	d.To = r.To
@@ -120,7 +120,7 @@ func (r *run) openOptions() open.Options {
 func (r *run) options() rewrite.Options {
 	return rewrite.Options{
 		Open: r.openOptions(), Layer: r.Layer,
-		Guest: r.Guest != "off", Gaps: r.Gaps, Swap: r.Swap, DedupParent: r.DedupParent,
+		Guest: r.Guest != "off", Gaps: r.Gaps, Swap: r.Swap, DedupParent: r.DedupParent, MostLeaked: r.MostLeaked,
 		MaxExtra: int64(r.MaxExtra), RateLimit: int64(r.RateLimit),
 		Progress: func(p rewrite.Progress) { r.progress.UpdateBytes(phaseNames[p.Phase], p.Done, p.Total) },
 	}
@@ -167,6 +167,7 @@ func (r *run) confine() error {
 // opened.
 func (r *run) explain(ctx context.Context, err error, begun bool) error {
 	image := quoted(r.Image)
+	var at *layers.ImageError
 	switch {
 	case context.Cause(ctx) != nil:
 		// The cause has the exit code of the signal.
@@ -181,6 +182,8 @@ func (r *run) explain(ctx context.Context, err error, begun bool) error {
 		return cli.WithHint(err, "begin with: image-compact %s", image)
 	case errors.Is(err, rewrite.ErrBase):
 		return cli.WithHint(err, "compact the images that stand on it, each by itself; a copy can be made with --to")
+	case errors.Is(err, layers.ErrCorrupt) && errors.As(err, &at) && at.Field == "leaks":
+		return cli.WithHint(err, "nothing was changed. Look at it with: image-fsck -n %s; if the files in the guest are all right, --most-leaked gives that space back", image)
 	case begun && !r.No && r.To == "" && cli.ExitCode(err) == cli.ExitFailed && !errors.Is(err, layers.ErrUnsupported):
 		return cli.WithHint(err, "the image is consistent and can be used; when the cause is gone go on with: image-compact --resume %s, or give up: image-compact --abandon %s", image, image)
 	}
