@@ -128,7 +128,7 @@ func (j *job) estimate() error {
 	}
 	leaks, err := now.leaks(j.ctx, l, j.t.path)
 	if err == nil && !j.t.pending {
-		err = j.plausible()
+		err = j.mayBeLeaks(now, leaks)
 	}
 	if err != nil {
 		return err
@@ -142,9 +142,11 @@ func (j *job) estimate() error {
 	if err != nil {
 		return err
 	}
-	after, err := takeUsage(j.ctx, l, g, drop)
-	if err != nil {
-		return err
+	after := now
+	if !drop.IsEmpty() {
+		if after, err = takeUsage(j.ctx, l, g, drop); err != nil {
+			return err
+		}
 	}
 	ideal := after.ideal()
 	j.r.Ideal, j.r.Move = ideal, after.behind(ideal)
@@ -212,6 +214,7 @@ func (j *job) tail() error {
 		if total == 0 {
 			return nil
 		}
+		u = nil // it may be large
 		var done int64
 		j.report(PhaseTail, 0, total)
 		moved, err := l.Evacuate(j.ctx, cut, layers.Relocation{Batch: batch, Moved: func(n int64) error {
@@ -311,16 +314,27 @@ func fixedPlaces(l layers.HostSpace) bool {
 // fewLeaks is how many units may always be called leaks.
 const fewLeaks = 16
 
-// plausible refuses an image of which more is counted without a reference than
-// is in use. Then it is likely that a part of the map is gone without a trace,
-// and what looks like leaks is the disk. An interrupted run may leave as much.
+// plausible asks mayBeLeaks before anything is changed.
 func (j *job) plausible() error {
 	u, err := takeUsage(j.ctx, j.t.layer, j.t.layer.Granule(), nil)
 	if err != nil {
 		return err
 	}
 	leaks, err := u.leaks(j.ctx, j.t.layer, j.t.path)
-	if err != nil || leaks <= fewLeaks*u.unit || leaks <= u.ideal() {
+	if err != nil {
+		return err
+	}
+	return j.mayBeLeaks(u, leaks)
+}
+
+// mayBeLeaks refuses an image of which more is counted without a reference than
+// is in use. Then it is likely that a part of the map is gone without a trace,
+// and what looks like leaks is the disk. An interrupted run may leave as much.
+func (j *job) mayBeLeaks(u *usage, leaks int64) error {
+	if leaks <= fewLeaks*u.unit || leaks <= u.ideal() {
+		return nil
+	}
+	if ok, err := j.mostLeaked(); ok || err != nil {
 		return err
 	}
 	return &layers.ImageError{Path: j.t.path, Layer: -1, Offset: -1, Field: "leaks", Value: leaks,

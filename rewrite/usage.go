@@ -76,20 +76,29 @@ func (u *usage) behind(off int64) int64 {
 
 // leaks is the number of bytes that are counted and not used.
 func (u *usage) leaks(ctx context.Context, l layers.HostSpace, path string) (int64, error) {
-	var counted int64
-	rest := u.used.Clone()
+	var counted, missing int64
+	used := u.used.Iterator()
+	// until counts the used units below end that are not counted.
+	until := func(end uint64) {
+		for used.HasNext() && used.PeekNext() < end {
+			missing++
+			used.Next()
+		}
+	}
 	err := l.Counted(ctx, func(off, n int64) error {
 		a, b := uint64(off/u.unit), uint64((off+n+u.unit-1)/u.unit)
 		counted += int64(b - a)
-		rest.RemoveRange(a, b)
+		until(a)
+		used.AdvanceIfNeeded(b)
 		return nil
 	})
 	if err != nil {
 		return 0, err
 	}
-	if !rest.IsEmpty() {
-		return 0, &layers.ImageError{Path: path, Layer: -1, Offset: int64(rest.Minimum()) * u.unit, Field: "reference count",
-			Err: fmt.Errorf("%w: %d clusters are in use and not counted", layers.ErrCorrupt, rest.GetCardinality())}
+	until(math.MaxUint64)
+	if missing > 0 {
+		return 0, &layers.ImageError{Path: path, Layer: -1, Offset: -1, Field: "reference count",
+			Err: fmt.Errorf("%w: %d clusters are in use and not counted", layers.ErrCorrupt, missing)}
 	}
 	return (counted - u.units()) * u.unit, nil
 }
