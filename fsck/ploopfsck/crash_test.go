@@ -125,6 +125,45 @@ func TestEvidence(t *testing.T) {
 	sameOutside(t, guestOf(t, f), want, nil)
 }
 
+// TestExtensionEvidence: an entry that claims a cluster of the format extension
+// for a part of the disk that the guest does not use gives way, and nothing is
+// lost; else the extension does, and the range is named.
+func TestExtensionEvidence(t *testing.T) {
+	const k = 64 << 10
+	for _, free := range []bool{true, false} {
+		p := damage.NewPloop(2, k, 16, 0, 3, 4).AddExtension()
+		want := p.Guest()
+		p.SetEntry(9, 4).SetEntry(11, 5) // the extension, and its bits
+		f := backend.NewMemBytes("image", p.B)
+		res, _, lost := repair(t, checker, f, fsck.DecideAll, fsck.Options{GuestFree: func(off, _ int64) bool { return free && off >= 5*k }})
+		if res.Left.Worst() > fsck.Note {
+			show(t, "left", res.Left)
+			t.Fatal("not clean")
+		}
+		there := le32(f.Bytes()[56:]) != 0
+		if there != free {
+			t.Errorf("free %v: the extension is there: %v", free, there)
+		}
+		gone := lostIn(res)
+		if free {
+			if len(gone) > 0 || len(lost) > 0 {
+				t.Errorf("lost %v, kept %d", gone, len(lost))
+			}
+			sameOutside(t, guestOf(t, f), want, nil)
+			continue
+		}
+		for _, idx := range []int64{9, 11} {
+			if !covers(gone, blockmap.Range{Off: idx * k, Len: k}) {
+				t.Errorf("cluster %d is not named as lost: %v", idx, gone)
+			}
+		}
+		if len(lost) == 0 {
+			t.Error("the extension is not in lost+found")
+		}
+		sameOutside(t, guestOf(t, f), want, gone)
+	}
+}
+
 // TestParent: over a parent a lost entry reads as zeros and not as the parent.
 func TestParent(t *testing.T) {
 	const k = 64 << 10

@@ -200,6 +200,8 @@ func Bundles() []BundleDamage {
 			copy(p.B, "WithoutFreeSpace")
 			p.Put32(64, 128).Put32(64+4*7, 256)
 		}), Codes: []string{"stack.bundle.version-mixed"}, Remedy: "ploop convert -v 2"},
+		{Name: "lower images were not closed", Hurt: both(patch("root.hds", func(p *PloopImage) { p.Put32(44, 0x746f6e59) }),
+			patch("root.hds.2", func(p *PloopImage) { p.Put32(44, 0x746f6e59) })), Codes: []string{"ploop.header.in-use"}},
 		{Name: "GUID of an image", Hurt: swap("<Image>\n        <GUID>"+GUIDMiddle, "<Image>\n        <GUID>{2222"), Codes: []string{guid}, Preen: Damaged},
 		{Name: "GUID of a snapshot", Hurt: swap("<Shot>\n      <GUID>"+GUIDMiddle, "<Shot>\n      <GUID>?"), Codes: []string{guid}, Preen: Damaged},
 		{Name: "GUID of an image is another", Hurt: swap("<Image>\n        <GUID>"+GUIDMiddle, "<Image>\n        <GUID>"+guidOther),
