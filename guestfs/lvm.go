@@ -1,6 +1,7 @@
 package guestfs
 
 import (
+	"crypto/sha256"
 	"io"
 	"strings"
 
@@ -29,8 +30,8 @@ func (j *judge) addPV(a Area) error {
 // has, and each logical volume as an area of its own. The areas of a group
 // are named after the first of its physical volumes.
 func (j *judge) lvm(r io.ReaderAt) error {
-	var order []string
-	groups := map[string][]pv{}
+	var order [][sha256.Size]byte
+	groups := map[[sha256.Size]byte][]pv{}
 	for _, p := range j.pvs {
 		v, err := lvm.Open(j.ctx, r, p.area.Where)
 		if err != nil {
@@ -59,7 +60,7 @@ func (j *judge) lvmGroup(r io.ReaderAt, pvs []pv) error {
 	for _, p := range pvs {
 		volumes = append(volumes, p.volume)
 	}
-	group, err := lvm.Decode(volumes)
+	group, err := lvm.Decode(j.ctx, r, volumes)
 	if err != nil {
 		for _, p := range pvs {
 			if err := j.refuse(p.area, err); err != nil {

@@ -23,7 +23,7 @@ func decodeGroup(t testing.TB, disk []byte, pvs ...blockmap.Range) *lvm.Group {
 		}
 		volumes = append(volumes, v)
 	}
-	group, err := lvm.Decode(volumes)
+	group, err := lvm.Decode(t.Context(), bytes.NewReader(disk), volumes)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -34,7 +34,7 @@ func read(b []byte) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
-	return Decode([]*Volume{v})
+	return Decode(context.Background(), bytes.NewReader(b), []*Volume{v})
 }
 
 // compare compares with what pvs says of each segment of the physical volume.
