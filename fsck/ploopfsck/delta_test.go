@@ -87,7 +87,7 @@ func TestDeltasOfPloop(t *testing.T) {
 	for _, mode := range []string{"expanded", "raw"} {
 		t.Run(mode, func(t *testing.T) {
 			dir := t.TempDir()
-			images := imgtest.PloopBundle(t, dir, mode, 2, 8<<20, 3)
+			imgtest.PloopBundle(t, dir, mode, 2, 8<<20, 3)
 			if left, _, _ := stateOfAll(runOn(t, dir, nil)); left != damage.Clean {
 				t.Error("a fresh bundle is not clean")
 			}
@@ -112,7 +112,7 @@ func TestDeltasOfPloop(t *testing.T) {
 				t.Error("a bundle with data is not clean")
 			}
 			want := showsDisk(t, dir)
-			images = imgtest.PloopChain(t, filepath.Join(dir, "DiskDescriptor.xml"))
+			images := imgtest.PloopChain(t, filepath.Join(dir, "DiskDescriptor.xml"))
 			top := images[0].Path
 			b := readFile(t, top)
 			p := &damage.PloopImage{Version: 2, Cluster: 1 << 20, Entries: 8, B: b}
