@@ -8,6 +8,7 @@ import (
 
 	"github.com/dustin/go-humanize"
 
+	"github.com/imagestack/imagestack/internal/cli"
 	"github.com/imagestack/imagestack/rewrite"
 )
 
@@ -29,27 +30,27 @@ func (d *document) print(w io.Writer, verbose bool) error {
 	if d.To != "" {
 		name = d.To
 	}
-	row("image", "%s (%s, layer %d)", printable(name), d.Format, d.Layer)
-	row("virtual size", "%s", size(d.VirtualSize))
+	row("image", "%s (%s, layer %d)", cli.Printable(name), d.Format, d.Layer)
+	row("virtual size", "%s", cli.Bytes(d.VirtualSize))
 	if d.Resumed {
 		row("resumed", "an interrupted run")
 	}
 	d.sizes(row)
 	if d.Action != actAbandon {
 		d.steps(t)
-		row("smallest possible", "%s", size(d.Ideal))
+		row("smallest possible", "%s", cli.Bytes(d.Ideal))
 		moved := "to be moved"
 		if d.Action != actEstimate {
 			moved = "moved"
 		}
-		row(moved, "%s", size(d.Move))
+		row(moved, "%s", cli.Bytes(d.Move))
 		if d.Action == actEstimate {
-			row("extra space needed", "%s", size(d.Extra))
+			row("extra space needed", "%s", cli.Bytes(d.Extra))
 		}
 	}
 	d.areas(t, verbose)
 	for _, n := range d.Notes {
-		row("note", "%s", printable(n))
+		row("note", "%s", cli.Printable(n))
 	}
 	if !d.Complete {
 		row("incomplete", "%s", "the run was interrupted or failed; the image is consistent")
@@ -60,11 +61,11 @@ func (d *document) print(w io.Writer, verbose bool) error {
 // sizes shows both sizes that people look at.
 func (d *document) sizes(row func(name, format string, args ...any)) {
 	if d.After == nil {
-		row("now", "%s long, %s allocated", size(d.Before.Apparent), size(d.Before.Allocated))
+		row("now", "%s long, %s allocated", cli.Bytes(d.Before.Apparent), cli.Bytes(d.Before.Allocated))
 		return
 	}
-	row("before", "%s long, %s allocated", size(d.Before.Apparent), size(d.Before.Allocated))
-	row("after", "%s long, %s allocated", size(d.After.Apparent), size(d.After.Allocated))
+	row("before", "%s long, %s allocated", cli.Bytes(d.Before.Apparent), cli.Bytes(d.Before.Allocated))
+	row("after", "%s long, %s allocated", cli.Bytes(d.After.Apparent), cli.Bytes(d.After.Allocated))
 }
 
 func (d *document) steps(w io.Writer) {
@@ -72,11 +73,11 @@ func (d *document) steps(w io.Writer) {
 	if d.Action != actEstimate {
 		head = "reclaimed"
 	}
-	fmt.Fprintf(w, "%s:\t%s\n", head, size(d.Reclaim))
+	fmt.Fprintf(w, "%s:\t%s\n", head, cli.Bytes(d.Reclaim))
 	for _, s := range d.Steps {
-		text := size(s.Bytes)
+		text := cli.Bytes(s.Bytes)
 		if s.Skipped != "" {
-			text = "not done: " + printable(s.Skipped)
+			text = "not done: " + cli.Printable(s.Skipped)
 		} else if s.Guest > 0 && s.Guest != s.Bytes {
 			text += fmt.Sprintf(", %s of the disk", humanize.IBytes(uint64(s.Guest)))
 		}
@@ -97,35 +98,15 @@ func (d *document) areas(w io.Writer, verbose bool) {
 		}
 		text := fmt.Sprintf("%s, %s free of %s", kind, humanize.IBytes(uint64(a.Free)), humanize.IBytes(uint64(a.Length)))
 		if !a.Judged {
-			text = fmt.Sprintf("%s, not judged: %s (%s)", kind, printable(a.Reason), a.Code)
+			text = fmt.Sprintf("%s, not judged: %s (%s)", kind, cli.Printable(a.Reason), a.Code)
 		} else if a.Replayed > 0 {
 			text += ", read through its journal"
 			if verbose {
 				text += fmt.Sprintf(" (%d blocks)", a.Replayed)
 			}
 		}
-		fmt.Fprintf(w, "  %s:\t%s\n", printable(a.Name), text)
+		fmt.Fprintf(w, "  %s:\t%s\n", cli.Printable(a.Name), text)
 	}
-}
-
-// size is a number of bytes for people and for scripts.
-func size(n int64) string {
-	if n < 0 { // a file that became larger
-		return "-" + size(-n)
-	}
-	if n < 1024 {
-		return fmt.Sprintf("%d bytes", n)
-	}
-	return fmt.Sprintf("%s (%d bytes)", humanize.IBytes(uint64(n)), n)
-}
-
-// printable makes text from an image harmless for a terminal.
-func printable(s string) string {
-	q := fmt.Sprintf("%q", s)
-	if q[1:len(q)-1] == s {
-		return s
-	}
-	return q
 }
 
 // escapeQuotes makes a name fit into single quotes of a shell.

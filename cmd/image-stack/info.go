@@ -47,10 +47,10 @@ func (c *infoCmd) Run(ctx context.Context) error {
 func printReport(w io.Writer, r *open.Report) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	row := func(name, format string, args ...any) { fmt.Fprintf(t, name+":\t"+format+"\n", args...) }
-	row("virtual size", "%s", size(r.VirtualSize))
+	row("virtual size", "%s", cli.Bytes(r.VirtualSize))
 	row("layers", "%d", len(r.Layers))
 	for i, l := range r.Layers {
-		fmt.Fprintf(t, "\nlayer %d:\t%s\n", i, printable(l.Path))
+		fmt.Fprintf(t, "\nlayer %d:\t%s\n", i, cli.Printable(l.Path))
 		printLayer(row, l)
 	}
 	if len(r.Snapshots) > 0 {
@@ -72,12 +72,12 @@ func printLayer(row func(name, format string, args ...any), l layers.Info) {
 		format = fmt.Sprintf("%s v%d", l.Format, l.Version)
 	}
 	row("  format", "%s", format)
-	row("  virtual size", "%s", size(l.VirtualSize))
+	row("  virtual size", "%s", cli.Bytes(l.VirtualSize))
 	if l.Format != "raw" {
-		row("  cluster size", "%s", size(l.ClusterSize))
+		row("  cluster size", "%s", cli.Bytes(l.ClusterSize))
 	}
-	row("  file size", "%s", size(l.FileSize))
-	row("  allocated", "%s", size(l.AllocatedSize))
+	row("  file size", "%s", cli.Bytes(l.FileSize))
+	row("  allocated", "%s", cli.Bytes(l.AllocatedSize))
 	if l.Format != "raw" {
 		used := fmt.Sprintf("%d", l.UsedClusters)
 		if l.PackedClusters > 0 {
@@ -89,19 +89,19 @@ func printLayer(row func(name, format string, args ...any), l layers.Info) {
 		row("  used clusters", "%s", used)
 	}
 	if l.Backing != "" {
-		row("  backing file", "%s (%s)", printable(l.Backing), orUnstated(l.BackingFormat))
+		row("  backing file", "%s (%s)", cli.Printable(l.Backing), orUnstated(l.BackingFormat))
 	}
 	if l.DataFile != "" {
-		row("  data file", "%s", printable(l.DataFile))
+		row("  data file", "%s", cli.Printable(l.DataFile))
 	}
 	if len(l.Flags) > 0 {
 		row("  flags", "%s", strings.Join(l.Flags, ", "))
 	}
 	for _, name := range slices.Sorted(maps.Keys(l.Details)) {
-		row("  "+name, "%s", printable(l.Details[name]))
+		row("  "+name, "%s", cli.Printable(l.Details[name]))
 	}
 	for _, b := range l.Bitmaps {
-		row("  bitmap", "%s, granularity %s %s", printable(b.Name), size(b.Granularity), strings.Join(b.Flags, " "))
+		row("  bitmap", "%s, granularity %s %s", cli.Printable(b.Name), cli.Bytes(b.Granularity), strings.Join(b.Flags, " "))
 	}
 }
 
@@ -120,30 +120,13 @@ func printSnapshots(w io.Writer, all []layers.Snapshot) {
 		if s.Current {
 			mark = "* "
 		}
-		fmt.Fprintf(w, "%s%s\t%s\t%s\t%s\t%s\n", mark, printable(s.ID), printable(s.Name), virtual, date, printable(s.Parent))
+		fmt.Fprintf(w, "%s%s\t%s\t%s\t%s\t%s\n", mark, cli.Printable(s.ID), cli.Printable(s.Name), virtual, date, cli.Printable(s.Parent))
 	}
-}
-
-// size is a number of bytes for people and for scripts.
-func size(n int64) string {
-	if n < 1024 {
-		return fmt.Sprintf("%d bytes", n)
-	}
-	return fmt.Sprintf("%s (%d bytes)", humanize.IBytes(uint64(n)), n)
 }
 
 func orUnstated(format string) string {
 	if format == "" {
 		return "format not stated"
 	}
-	return printable(format)
-}
-
-// printable makes text from an image harmless for a terminal.
-func printable(s string) string {
-	q := fmt.Sprintf("%q", s)
-	if q[1:len(q)-1] == s {
-		return s
-	}
-	return q
+	return cli.Printable(format)
 }

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 
 	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/internal/cli"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 )
@@ -178,7 +179,7 @@ func mapText(w io.Writer, each func(func(mapExtent) error) error) error {
 		if m.Host != nil {
 			host = fmt.Sprintf("%#x", *m.Host)
 		}
-		_, err := fmt.Fprintf(w, row, fmt.Sprintf("%#x", m.Start), fmt.Sprintf("%#x", m.Length), m.Depth, m.Kind, host, printable(m.File))
+		_, err := fmt.Fprintf(w, row, fmt.Sprintf("%#x", m.Start), fmt.Sprintf("%#x", m.Length), m.Depth, m.Kind, host, cli.Printable(m.File))
 		return err
 	})
 }
