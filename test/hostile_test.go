@@ -190,7 +190,7 @@ func (r *hostileRun) start(program string, args ...string) (exit int, stdout, st
 	ctx, cancel := context.WithTimeout(context.Background(), wall)
 	defer cancel()
 	// Twice the time is the end. (Not the limit itself: how much it was is told.)
-	limit := fmt.Sprintf("--cpu=%d", 2*hostileCPU/time.Second)
+	limit := fmt.Sprintf("--cpu=%d", 2*most/time.Second)
 	if raceEnabled {
 		limit = "--cpu=100"
 	}

@@ -54,14 +54,9 @@ func (r *run) compatQemu(w io.Writer, res *fsck.ImageResult) (int, error) {
 		return qemuUnsupported, nil
 	}
 	q := newQemuCheck(f)
-	if n, _ := f.Left.Tally(fsck.Fatal); n > 0 && q.TotalClusters == 0 {
+	if d := notOpened(f.Left, q.TotalClusters == 0); d != nil {
 		// What qemu-img cannot even open it does not report on.
-		for i := range f.Left.Findings {
-			if d := &f.Left.Findings[i]; d.Sev() == fsck.Fatal {
-				fmt.Fprintf(r.stderr, "image-fsck: Could not open '%s': %s\n", f.Path, d.Text)
-				break
-			}
-		}
+		fmt.Fprintf(r.stderr, "image-fsck: Could not open '%s': %s\n", f.Path, line(&d.Finding))
 		return qemuError, nil
 	}
 	for i := range f.Found.Findings {
@@ -90,6 +85,44 @@ func (r *run) compatQemu(w io.Writer, res *fsck.ImageResult) (int, error) {
 	}
 	return qemuOK, nil
 }
+
+// refused are the codes of findings with which qemu-img does not open an image.
+var refused = map[string]bool{
+	"qcow2.header.truncated": true, "qcow2.header.magic": true, "qcow2.header.version": true,
+	"qcow2.header.cluster-bits": true, "qcow2.header.header-length": true, "qcow2.header.refcount-order": true,
+	"qcow2.header.crypt-method": true, "qcow2.header.incompatible-features": true, "qcow2.header.compression-type": true,
+	"qcow2.header.raw-data-file": true, "qcow2.header.backing-name": true, "qcow2.header.extension-length": true,
+	"qcow2.header.l1-size": true, "qcow2.snapshots.table": true, "qcow2.snapshots.extra-long": true,
+	"qcow2.bitmaps.directory": true, "qcow2.bitmaps.table-entry": true,
+}
+
+// notOpened returns a finding with which qemu-img does not open the image.
+// fatal says that any fatal one is.
+func notOpened(r *fsck.Report, fatal bool) *fsck.Detail {
+	for i := range r.Findings {
+		d := &r.Findings[i]
+		switch code := d.Code.Name; {
+		case fatal && d.Sev() == fsck.Fatal && code != "qcow2.header.l1-offset", refused[code]:
+			return d
+		case code == "qcow2.header.size" && d.Place.Value != uint64(0), // a disk of no bytes is one
+			code == "qcow2.header.l1-offset" && unaligned(d.Place.Value),
+			code == "qcow2.reftable.header" && (d.Place.Field == "refcount_table_offset" && unaligned(d.Place.Value) ||
+				d.Place.Field == "refcount_table_clusters" && d.Place.Value != uint32(0)):
+			return d
+		}
+	}
+	return nil
+}
+
+// unaligned reports that an offset is on no cluster boundary of any size.
+func unaligned(v any) bool {
+	off, ok := v.(uint64)
+	return ok && off%512 != 0
+}
+
+// asCorruption are the codes of leaks that qemu-img counts as corruptions: COPIED flags
+// that do not say what the counts say.
+var asCorruption = map[string]bool{"qcow2.l1.copied-clear": true, "qcow2.l2.copied-clear": true}
 
 func newQemuCheck(f *fsck.FileResult) *qemuCheck {
 	s := &f.Left.Stats
@@ -122,6 +155,15 @@ func tally(r *fsck.Report) (corruptions, leaks int64) {
 		corruptions += n
 	}
 	leaks, _ = r.Tally(fsck.Leak)
+	for _, n := range r.Counts {
+		switch {
+		case asCorruption[n.Code.Name]:
+			corruptions += n.Found
+			leaks -= n.Found
+		case n.Code.Name == "qcow2.refcount.too-high-copied": // both, for qemu-img
+			corruptions += n.Found
+		}
+	}
 	if leaks > 0 {
 		leaks = max(leaks, r.Stats.LeakedClusters)
 	}

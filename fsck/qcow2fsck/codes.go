@@ -73,17 +73,18 @@ var (
 
 // Codes of the reference counts.
 var (
-	codeRTHeader     = fsck.Register("qcow2.reftable.header", fsck.Damage, "The refcount table is not where the header says.", "-p makes a new one; nothing is lost.")
-	codeRTReserved   = fsck.Register("qcow2.reftable.reserved-bits", fsck.Damage, "Reserved bits are set in an entry of the refcount table.", byPreen)
-	codeRTUnaligned  = fsck.Register("qcow2.reftable.entry-unaligned", fsck.Damage, "An entry of the refcount table names a block that is not on a cluster boundary.", "-p makes a new block; nothing is lost.")
-	codeRTPastEOF    = fsck.Register("qcow2.reftable.entry-past-eof", fsck.Damage, "An entry of the refcount table names a block behind the end of the file.", "-p makes a new block; nothing is lost.")
-	codeRTMetadata   = fsck.Register("qcow2.reftable.entry-into-metadata", fsck.Damage, "An entry of the refcount table names a cluster that holds something else.", "-p makes a new block; nothing is lost.")
-	codeRTShared     = fsck.Register("qcow2.reftable.entry-shared", fsck.Damage, "Two entries of the refcount table name the same block.", "-p makes a new block for one of them; nothing is lost.")
-	codeRTMissing    = fsck.Register("qcow2.reftable.block-missing", fsck.Damage, "Clusters are in use that no refcount block counts: they would be given away again.", "-p makes a block; nothing is lost.")
-	codeRefLow       = fsck.Register("qcow2.refcount.too-low", fsck.Damage, "Clusters have more references than are counted: they may be freed, or written in place, while others need them.", byPreen)
-	codeRefHigh      = fsck.Register("qcow2.refcount.too-high", fsck.Leak, "Clusters have fewer references than are counted, so that they would never be freed.", byPreen)
-	codeRefLeak      = fsck.Register("qcow2.refcount.leak", fsck.Leak, "Clusters are counted that nothing refers to.", "-p frees them. When the map is damaged they may be what it referred to: then only -y frees them, and keeps their content in lost+found.")
-	codeRefTooNarrow = fsck.Register("qcow2.refcount.overflow", fsck.Damage, "A cluster has more references than a count of the image's width can say.", "-y copies it for some of its owners; else delete snapshots.")
+	codeRTHeader      = fsck.Register("qcow2.reftable.header", fsck.Damage, "The refcount table is not where the header says.", "-p makes a new one; nothing is lost.")
+	codeRTReserved    = fsck.Register("qcow2.reftable.reserved-bits", fsck.Damage, "Reserved bits are set in an entry of the refcount table.", byPreen)
+	codeRTUnaligned   = fsck.Register("qcow2.reftable.entry-unaligned", fsck.Damage, "An entry of the refcount table names a block that is not on a cluster boundary.", "-p makes a new block; nothing is lost.")
+	codeRTPastEOF     = fsck.Register("qcow2.reftable.entry-past-eof", fsck.Damage, "An entry of the refcount table names a block behind the end of the file.", "-p makes a new block; nothing is lost.")
+	codeRTMetadata    = fsck.Register("qcow2.reftable.entry-into-metadata", fsck.Damage, "An entry of the refcount table names a cluster that holds something else.", "-p makes a new block; nothing is lost.")
+	codeRTShared      = fsck.Register("qcow2.reftable.entry-shared", fsck.Damage, "Two entries of the refcount table name the same block.", "-p makes a new block for one of them; nothing is lost.")
+	codeRTMissing     = fsck.Register("qcow2.reftable.block-missing", fsck.Damage, "Clusters are in use that no refcount block counts: they would be given away again.", "-p makes a block; nothing is lost.")
+	codeRefLow        = fsck.Register("qcow2.refcount.too-low", fsck.Damage, "Clusters have more references than are counted: they may be freed, or written in place, while others need them.", byPreen)
+	codeRefHigh       = fsck.Register("qcow2.refcount.too-high", fsck.Leak, "Clusters have fewer references than are counted, so that they would never be freed.", byPreen)
+	codeRefHighCopied = fsck.Register("qcow2.refcount.too-high-copied", fsck.Leak, "Data clusters have fewer references than are counted, so that they would never be freed; the COPIED flag of their entry, by which they are written in place, is right all the same.", byPreen)
+	codeRefLeak       = fsck.Register("qcow2.refcount.leak", fsck.Leak, "Clusters are counted that nothing refers to.", "-p frees them. When the map is damaged they may be what it referred to: then only -y frees them, and keeps their content in lost+found.")
+	codeRefTooNarrow  = fsck.Register("qcow2.refcount.overflow", fsck.Damage, "A cluster has more references than a count of the image's width can say.", "-y copies it for some of its owners; else delete snapshots.")
 )
 
 // Codes of snapshots and bitmaps.

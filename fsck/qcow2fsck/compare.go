@@ -231,6 +231,7 @@ type countRun struct {
 	have, want uint64
 	quiet      bool // a consequence of the repair
 	doubt      bool // the owners are in doubt
+	copied     bool // an entry of the active map has COPIED
 }
 
 // compareBlock does one block.
@@ -241,10 +242,10 @@ func (c *check) compareBlock(k int64, b []byte, from, to int64) {
 	used := int64(0)
 	c.diff(k, b, from, to, func(cluster int64, have, want uint64, fl uint8) {
 		used++
-		r := countRun{cluster, 1, have, want, c.fresh[cluster], c.kept[cluster] || c.doubtAll && fl&fCross != 0}
+		r := countRun{cluster, 1, have, want, c.fresh[cluster], c.kept[cluster] || c.doubtAll && fl&fCross != 0, fl&fCopied != 0}
 		if n := len(runs); n > 0 {
 			l := &runs[n-1]
-			if l.first+l.n == cluster && l.have == have && l.want == want && l.quiet == r.quiet && l.doubt == r.doubt {
+			if l.first+l.n == cluster && l.have == have && l.want == want && l.quiet == r.quiet && l.doubt == r.doubt && l.copied == r.copied {
 				l.n++
 				return
 			}
@@ -307,6 +308,9 @@ func (c *check) wrongCount(k int64, r *countRun) bool {
 		}
 	case r.want > 0:
 		f.Code = codeRefHigh
+		if r.copied {
+			f.Code = codeRefHighCopied
+		}
 		f.Text = fmt.Sprintf("%s from offset %#x: %d references, %d counted", clusters, r.first<<c.bits, r.want, r.have)
 	default:
 		f.Code = codeRefLeak

@@ -227,32 +227,3 @@ func TestEditor(t *testing.T) {
 		}
 	}
 }
-
-// FuzzRepair: bytes of an image changed at will; see TestRandomDamage.
-func FuzzRepair(f *testing.F) {
-	f.Add([]byte{0, 0, 20, 1, 0, 16, 3, 255})
-	f.Add([]byte{2, 0, 0, 60, 255})
-	imgtest.Require(f, "qemu-img", "qemu-io")
-	var all []*intact
-	for _, shape := range []string{"v3", "snapshot", "mixed", "bitmaps", "extl2"} {
-		all = append(all, loadIntact(f, shape))
-	}
-	f.Fuzz(func(t *testing.T, in []byte) {
-		if len(in) < 5 || len(in) > 64 {
-			return
-		}
-		img := all[int(in[0])%len(all)]
-		var places []int64
-		var values []byte
-		for in = in[1:]; len(in) >= 4; in = in[4:] {
-			r := img.meta[int(in[0])%len(img.meta)]
-			places = append(places, r.Off+(int64(in[1])<<8|int64(in[2]))%min(r.Len, int64(len(img.b))-r.Off))
-			values = append(values, in[3]|1)
-		}
-		o := options(img.dir)
-		o.Data, o.Memory = true, 1
-		if msg := img.tryDamage(places, values, o); msg != "" {
-			t.Fatal(msg)
-		}
-	})
-}

@@ -198,6 +198,18 @@ func (c *check) compressionType() {
 			h.incompat = want
 			c.put64(fsck.PhaseHeader, offIncompat, want)
 		}
+		if works != 0 && h.length <= offCType {
+			// There has to be room for the type, before the extensions.
+			end := c.cs
+			if h.backingOff != 0 {
+				end = int64(min(h.backingOff, uint64(c.cs)))
+			}
+			used := h.extEnd - 8
+			h.length = lengthV3 + 8
+			c.put32(fsck.PhaseHeader, offLength, h.length)
+			c.planned(c.plan.Write(fsck.PhaseHeader, offCType, make([]byte, 8)))
+			c.writeExtensions(used, end)
+		}
 		if h.ctype != works {
 			c.planned(c.plan.Write(fsck.PhaseHeader, offCType, []byte{works}))
 		}

@@ -243,6 +243,9 @@ func (c *check) headerLength(b []byte) {
 		return
 	}
 	want := uint32(lengthV3)
+	if h.incompat&incompatCompression != 0 && !(len(b) >= lengthV3+4 && knownExtension(be32(b[lengthV3:]))) {
+		want = lengthV3 + 8 // the compression type is behind the other fields
+	}
 	for _, l := range []uint32{lengthV3, lengthV3 + 8} {
 		if int(l)+4 <= len(b) && knownExtension(be32(b[l:])) {
 			want = l

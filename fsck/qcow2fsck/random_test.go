@@ -40,6 +40,14 @@ func loadIntact(t testing.TB, shape string) *intact {
 	in := &intact{name: shape, dir: dir, b: b}
 	in.original, _ = os.ReadFile(damage.Original(dir))
 	in.base, _ = os.ReadFile(filepath.Join(dir, "base.raw"))
+	in.findMeta(t)
+	return in
+}
+
+// findMeta finds where the metadata is.
+func (in *intact) findMeta(t testing.TB) {
+	t.Helper()
+	dir, b := in.dir, in.b
 	img, err := qcow2.Open(context.Background(), backend.NewMemBytes("image", b), layers.OpenOptions{OpenFile: func(name string, _ bool) (backend.File, error) {
 		return backend.Open(filepath.Join(dir, filepath.Base(name)), backend.Options{})
 	}})
@@ -55,7 +63,6 @@ func loadIntact(t testing.TB, shape string) *intact {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return in
 }
 
 // owned are the guest ranges whose own entries in the active map lie at off:
@@ -85,12 +92,21 @@ func (in *intact) owned(off int64) []blockmap.Range {
 // result. It returns what is wrong, "" for nothing.
 func (in *intact) tryDamage(places []int64, values []byte, o fsck.Options) (msg string) {
 	b := bytes.Clone(in.b)
-	except := []blockmap.Range{}
-	header := false
 	for i, at := range places {
 		b[at] ^= values[i]
-		except = append(except, in.owned(at)...)
-		header = header || at < 512
+	}
+	return in.tryImage(b, o)
+}
+
+// tryImage repairs a damaged image, of the same length, and judges the result.
+func (in *intact) tryImage(b []byte, o fsck.Options) (msg string) {
+	except := []blockmap.Range{}
+	header := false
+	for at := range b {
+		if b[at] != in.b[at] {
+			except = append(except, in.owned(int64(at))...)
+			header = header || at < 512
+		}
 	}
 	damaged := backend.NewMemBytes("image", b)
 	f := damaged.Clone()
@@ -103,7 +119,7 @@ func (in *intact) tryDamage(places []int64, values []byte, o fsck.Options) (msg 
 		}
 		reps = append(reps, rep)
 		for _, fd := range rep.Findings {
-			if fd.Sev() >= fsck.Damage && fd.Fix == nil && len(reps) == 1 && header {
+			if fd.Sev() >= fsck.Damage && fd.Fix == nil && header {
 				return "" // nothing can be done about that in place
 			}
 		}

@@ -11,7 +11,7 @@ func qcow2Counts() []Damage {
 		qcow2Case("leak-behind-eof", "v3", func(q *qcow2) { q.p16(q.count(q.end()+8*4096), 1) },
 			Damage{Codes: []string{"qcow2.refcount.leak"}, Foreign: whatever}),
 		qcow2Case("too-high", "v3", func(q *qcow2) { q.p16(q.count(q.host(g)), 2) },
-			Damage{Codes: []string{"qcow2.refcount.too-high"}, Foreign: 2}),
+			Damage{Codes: []string{"qcow2.refcount.too-high-copied"}, Foreign: 2}),
 		qcow2Case("data-0", "v3", func(q *qcow2) { q.p16(q.count(q.host(g)), 0) },
 			Damage{Codes: []string{"qcow2.refcount.too-low"}, Foreign: 2}),
 		qcow2Case("l1-0", "v3", func(q *qcow2) { q.p16(q.count(int64(q.u64(40))), 0) },
