@@ -126,16 +126,16 @@ var variants = []struct {
 	args    string
 	options string
 }{
-	{"default", 256 << 20, "", ""},
-	{"single", 200 << 20, "-m single -d single", ""},
-	{"dup data", 300 << 20, "-m dup -d dup", ""},
+	{"default", 128 << 20, "", ""},
+	{"single", 120 << 20, "-m single -d single", ""},
+	{"dup data", 240 << 20, "-m dup -d dup", ""},
 	{"mixed", 64 << 20, "--mixed", ""},
 	{"mixed dup", 160 << 20, "--mixed -m dup -d dup", ""},
 	{"xxhash", 128 << 20, "--csum xxhash", ""},
 	{"sha256", 128 << 20, "--csum sha256", ""},
 	{"blake2", 128 << 20, "--csum blake2", ""},
 	{"small nodes", 128 << 20, "-n 4096", ""},
-	{"large nodes", 160 << 20, "-n 65536", ""},
+	{"large nodes", 128 << 20, "-n 65536", ""},
 	{"no free-space tree", 128 << 20, "-R ^free-space-tree", "nospace_cache"},
 	{"space cache v1", 128 << 20, "-R ^free-space-tree", "space_cache=v1"},
 	{"old", 128 << 20, "-O ^no-holes,^skinny-metadata,^extref -R ^free-space-tree", "nospace_cache"},
@@ -208,7 +208,7 @@ func TestFragmented(t *testing.T) {
 // alone.
 func TestAgainstFstrim(t *testing.T) {
 	guesttest.Require(t, "mkfs.btrfs", "fstrim", "qemu-img")
-	const size = 192 << 20
+	const size = 128 << 20
 	path := guesttest.Image(t, size)
 	if err := os.WriteFile(path, bytes.Repeat([]byte{0xaa}, size), 0o600); err != nil {
 		t.Fatal(err)
