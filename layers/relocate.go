@@ -110,3 +110,7 @@ type Relocator interface {
 // Below is what lies under the top layer, for those who work on the top layer
 // itself.
 func (s *Stack) Below() Below { return s.below }
+
+// Forget drops what the stack keeps of decompressed clusters by their places in
+// the file. Whoever has moved something in the top layer calls it.
+func (s *Stack) Forget() { s.packed[0].DropAll() }

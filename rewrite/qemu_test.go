@@ -23,7 +23,7 @@ func qemuImage(t testing.TB, options string, size int64, rng *rand.Rand) (path s
 	path = filepath.Join(t.TempDir(), "image.qcow2")
 	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-o", options, path, fmt.Sprint(size))
 	kinds := 1
-	for round := range 4 {
+	for round := range 3 {
 		var commands []string
 		for range 6 {
 			off := rng.Int64N(size-4096) &^ 4095
@@ -46,7 +46,7 @@ func qemuImage(t testing.TB, options string, size int64, rng *rand.Rand) (path s
 			args = append(args, "-c", c)
 		}
 		imgtest.Try(t, "qemu-io", append(args, path)...)
-		if rng.IntN(2) == 0 && round < 3 {
+		if rng.IntN(2) == 0 && round < 2 {
 			name := fmt.Sprintf("s%d", round)
 			imgtest.QemuImg(t, "snapshot", "-c", name, path)
 			snapshots = append(snapshots, name)
@@ -80,11 +80,11 @@ func TestQemuImages(t *testing.T) {
 		"cluster_size=4096", "cluster_size=512,refcount_bits=32", "cluster_size=65536", "cluster_size=4096,compat=0.10",
 		"cluster_size=16384,extended_l2=on", "cluster_size=4096,compression_type=zstd", "cluster_size=4096,lazy_refcounts=on",
 	} {
-		for seed := range uint64(3) {
+		for seed := range uint64(2) {
 			name := fmt.Sprintf("%s seed %d", options, seed)
 			rng := rand.New(rand.NewPCG(seed, uint64(i)))
 			path, snapshots := qemuImage(t, options, 3<<20, rng)
-			bitmaps := i != 3 && seed > 0
+			bitmaps := i != 3 && seed != uint64(i)%2
 			if bitmaps {
 				imgtest.QemuImg(t, "bitmap", "--add", "-g", "4096", path, "b0")
 				imgtest.QemuIO(t, "qcow2", path, "write -P 77 300k 200k")
@@ -103,7 +103,7 @@ func TestQemuImages(t *testing.T) {
 				}
 			}
 			info := bitmapInfo(t, path)
-			r, err := d.compact(ctx, rewrite.Options{MaxExtra: []int64{0, 1, 1 << 16}[seed]}, 0)
+			r, err := d.compact(ctx, rewrite.Options{MaxExtra: []int64{1 << 16, 1}[seed]}, 0)
 			if err != nil {
 				t.Fatalf("%s: %v", name, err)
 			}

@@ -166,6 +166,7 @@ const rounds = 4
 // run makes the layer smaller, for which begin was called.
 func (j *job) run() error {
 	l := j.t.reloc
+	defer j.t.stack.Forget()
 	blocked, err := j.dropPass(func(r dropRun) error {
 		if r.why == PhaseDedup {
 			return l.Unmap(j.ctx, r.Off, r.Len)

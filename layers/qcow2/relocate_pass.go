@@ -42,7 +42,7 @@ func (img *Image) Evacuate(ctx context.Context, cut int64, o layers.Relocation) 
 		ctx: ctx, ed: ed, img: img, step: o.Moved,
 		cut:   min((cut+img.clusterSize-1)>>img.clusterBits, ed.ref.hwm),
 		batch: max(o.Batch>>img.clusterBits, 1),
-		limit: int(max(o.Memory/refBytes, 1024)),
+		limit: int(max(o.Memory/refBytes, 16)),
 	}
 	// What was cached of tables stands elsewhere afterwards.
 	defer img.l1Pages.DropAll()
