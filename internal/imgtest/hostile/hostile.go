@@ -80,12 +80,14 @@ type Case struct {
 
 // Want is the exit code that the tool must have; any is true where the case
 // leaves it open whether image-fsck finds damage (4), cannot go on (8), or has
-// nothing to say about it (0).
+// nothing to say about it (0), whether image-compact has to read what is wrong,
+// and whether the place of a partition table can be read.
 func (c Case) Want(t Tool) (exit int, any bool) {
 	if e, ok := c.By[t]; ok {
 		return e, false
 	}
-	if t == Fsck || t == Repair || t == Estimate || t == Compact {
+	switch {
+	case t == Fsck, t == Repair, t == Estimate, t == Compact, t == Partitions && c.Exit == 0 && c.Class != Disk:
 		return 0, true
 	}
 	return c.Exit, false
