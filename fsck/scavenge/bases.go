@@ -233,7 +233,7 @@ func (s *solver) known(g *guest) (int64, bool) {
 	}
 	var offs []int64
 	for _, h := range s.e.hits {
-		if h.fs != g.index || h.kind == kindAgainst {
+		if h.fs != g.index || h.kind >= kindAgainst {
 			continue
 		}
 		if offs = s.e.resolve(h, offs[:0]); len(offs) == 1 {

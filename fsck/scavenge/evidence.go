@@ -18,7 +18,8 @@ const (
 	kindPlain   kind = iota // bytes from the start of the filesystem (of the disk for fs -1)
 	kindInodes              // bytes into all inode tables, one behind the other
 	kindLogical             // btrfs: a logical address
-	kindAgainst             // evidence that its cluster holds copies: a journal
+	kindAgainst             // a copy: it has no place here
+	kindJournal             // a block of a journal itself, among copies
 )
 
 // hit is a run of metadata blocks that say where they belong.
@@ -129,7 +130,7 @@ func (e *evidence) add(g *guest, k kind, loc, off int64, n int64) error {
 	index := int16(-1)
 	if g != nil {
 		index = g.index
-		if k != kindAgainst {
+		if k != kindAgainst && k != kindJournal {
 			g.blocks++
 		}
 	}
@@ -137,7 +138,7 @@ func (e *evidence) add(g *guest, k kind, loc, off int64, n int64) error {
 		h := &e.hits[l-1]
 		if h.fs == index && h.kind == k && h.loc>>e.shift == loc>>e.shift {
 			end := int64(h.n) * n
-			if k == kindAgainst || h.loc+end == loc && h.off+end == off && (k != kindInodes || g.ext.sameTable(h.off, off)) {
+			if k >= kindAgainst || h.loc+end == loc && h.off+end == off && (k != kindInodes || g.ext.sameTable(h.off, off)) {
 				h.n++
 				return nil
 			}

@@ -153,7 +153,7 @@ func (x *extFS) look(e *evidence, g *guest, b []byte, loc int64) error {
 	le := binary.LittleEndian
 	if string(b[:4]) == journalMagic {
 		if t := b[7]; t >= 1 && t <= 5 && b[4]|b[5]|b[6] == 0 {
-			return e.add(g, kindAgainst, loc, 0, x.block)
+			return e.add(g, kindJournal, loc, 0, x.block)
 		}
 	}
 	// A directory block: its last entry holds the checksum.

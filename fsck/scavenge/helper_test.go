@@ -35,6 +35,9 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
+// uuid makes ext4 lay out its directories the same way each time.
+const uuid = "3f1c9d5e-7b60-4c1f-9a55-2f0b6c8d1e42"
+
 // mkfs makes a filesystem that has lived in a file and returns its path. The
 // file is shared.
 func mkfs(t testing.TB, kind string, size int64, args ...string) string {
@@ -63,7 +66,7 @@ func mkfs(t testing.TB, kind string, size int64, args ...string) string {
 	if err := os.Truncate(path, size); err != nil {
 		t.Fatal(err)
 	}
-	quiet := map[string][]string{"ext4": {"-q", "-F"}, "xfs": {"-q", "-f"}, "btrfs": {"-q", "-f"}}[kind]
+	quiet := map[string][]string{"ext4": {"-q", "-F", "-U", uuid, "-E", "hash_seed=" + uuid}, "xfs": {"-q", "-f"}, "btrfs": {"-q", "-f"}}[kind]
 	imgtest.Run(t, "mkfs."+kind, append(append(quiet, args...), path)...)
 	live(t, path)
 	disks.made[key] = path

@@ -109,6 +109,7 @@ type tally struct {
 	more    int64 // votes for further units
 	against score // blocks that do not belong where they lie
 	dup     bool  // one block with two places
+	journal bool  // with blocks of a journal
 }
 
 // score counts blocks that say the same. Some of them may be copies in the
@@ -201,6 +202,9 @@ func (p *pieces) holds(t *tally, b []score, i int) bool {
 			rest += b[k].unless(c.unit)
 		}
 	}
+	if p.clustered && c.copies == c.n && t.journal {
+		return false
+	}
 	if p.clustered || c.copies == c.n {
 		// It may well be a part of the journal, where few things fit, and in
 		// a small cluster one of few by chance.
@@ -227,7 +231,7 @@ func (p *pieces) tallies(e *evidence, placed bool, visit func(piece int32, t *ta
 	last := int32(-1)
 	for _, h := range e.hits {
 		var base int64
-		if h.fs >= 0 && h.kind != kindAgainst {
+		if h.fs >= 0 && h.kind < kindAgainst {
 			g := e.guests[h.fs]
 			if g.rank == rankNone {
 				continue
@@ -235,7 +239,7 @@ func (p *pieces) tallies(e *evidence, placed bool, visit func(piece int32, t *ta
 			base = g.base
 		}
 		offs = e.resolve(h, offs[:0])
-		if len(offs) == 0 && h.kind != kindAgainst {
+		if len(offs) == 0 && h.kind < kindAgainst {
 			continue
 		}
 		spots = p.spots(h.loc, spots[:0])
@@ -260,6 +264,7 @@ func (p *pieces) tallies(e *evidence, placed bool, visit func(piece int32, t *ta
 				t = new(tally)
 				open[s.piece] = t
 			}
+			t.journal = t.journal || h.kind == kindJournal
 			fit := 0
 			ju := journalUnits{0, -1}
 			if h.fs >= 0 {

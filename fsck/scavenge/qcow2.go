@@ -258,6 +258,7 @@ type refcounts struct {
 	table   []uint64
 	block   []byte
 	loaded  int64
+	empty   bool // the loaded block is all zeros
 }
 
 // open decides whether the counts can be believed: they count what is known.
@@ -299,7 +300,7 @@ func (r *refcounts) open(q *qcow2Image) {
 // of them that is all zeros, or missing, was lost, for the file goes on there.
 func (r *refcounts) counted(c int64) bool {
 	r.count(c)
-	return r.loaded == c/(r.q.cluster<<3>>r.q.order) && !isZero(r.block)
+	return r.loaded == c/(r.q.cluster<<3>>r.q.order) && !r.empty
 }
 
 // count is the reference count of a cluster of the file.
@@ -315,6 +316,7 @@ func (r *refcounts) count(c int64) uint64 {
 			clear(r.block)
 			r.trusted = false
 		}
+		r.empty = isZero(r.block)
 	}
 	return qcow2.Refcount(r.block, r.q.order, int(c%per))
 }

@@ -233,6 +233,29 @@ func TestGenerations(t *testing.T) {
 	}
 }
 
+// Reference counts that were lost do not make a table one of earlier times.
+func TestLostCounts(t *testing.T) {
+	t.Parallel()
+	disk := mkfs(t, "ext4", 1<<30)
+	for _, all := range []bool{false, true} {
+		img := convert(t, disk, "qcow2")
+		off, _ := l1(t, img)
+		table := be64(t, img, off) & 0x00fffffffffffe00
+		block := be64(t, img, be64(t, img, 48))
+		if all {
+			poke(t, img, block, make([]byte, 64<<10))
+		} else {
+			poke(t, img, block+table>>16*2, []byte{0, 0})
+		}
+		loseL1(t, img, 0)
+		name, r := run(t, img, scavenge.Options{})
+		if r.Exit != 1 {
+			t.Errorf("all %v: exit %d", all, r.Exit)
+		}
+		same(t, r, "qcow2", name, disk)
+	}
+}
+
 // A guest that is in use: its journal is full of copies of metadata.
 func TestJournal(t *testing.T) {
 	t.Parallel()
