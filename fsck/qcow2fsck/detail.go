@@ -299,6 +299,7 @@ func (c *check) separate(cluster int64, plain, packed []owner, crowded bool) []o
 			}
 			copies[o.guest] = to
 			src := cluster << c.bits
+			c.sources[cluster] = true
 			if !c.planned(c.plan.Copy(to<<c.bits, src, min(c.cs, max(c.size-src, 1)))) {
 				return stay
 			}

@@ -434,7 +434,7 @@ func (w *worker) group(rec *tableRec, b []byte, run []badEntry) {
 			c.keep(guestOf(q.i), q.keepOff, q.keepLen)
 		}
 		if q.grow > 0 {
-			c.planned(c.plan.Write(fsck.PhaseNew, q.grow-1, []byte{0}))
+			c.growTo(q.grow)
 			w.countOnly(rec, guestOf(q.i), entryAt{entry: q.entry, bits: q.bits, kind: fPlain, off: q.entry & entryOffset})
 			continue
 		}

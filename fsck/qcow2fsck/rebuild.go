@@ -132,7 +132,7 @@ func (c *check) alloc(n int64, w uint32, fl uint8) (int64, bool) {
 		run := int64(0)
 		for at := max(c.cursor, 1); at < hi; at++ {
 			used, _ := c.cells.get(at)
-			if used != 0 || c.fresh[at] || c.errors.Load() > 0 || !counted && c.stored(at) != 0 {
+			if used != 0 || c.fresh[at] || c.sources[at] || c.errors.Load() > 0 || !counted && c.stored(at) != 0 {
 				run = 0
 				continue
 			}

@@ -214,8 +214,20 @@ func (c *check) cutTable(rec *tableRec, n int) {
 	c.mapLoss.Store(true)
 	if c.report(fsck.Finding{Code: codeL2Cut, Place: fsck.Place{Offset: rec.cluster << c.bits, Field: "L2 table"}, Guest: loses,
 		Text: fmt.Sprintf("the file has only %d bytes of the table", n), Fix: full("make the file longer", loses...)}) {
-		c.planned(c.plan.Write(fsck.PhaseNew, (rec.cluster+1)<<c.bits-1, []byte{0}))
+		c.growTo((rec.cluster + 1) << c.bits)
 	}
+}
+
+// growTo makes the file at least n bytes long, without a change of bytes that a
+// copy may need.
+func (c *check) growTo(n int64) {
+	c.failMu.Lock()
+	size, err := c.plan.Size()
+	if err == nil && size < n {
+		err = c.plan.SetSize(n)
+	}
+	c.failMu.Unlock()
+	c.planned(err)
 }
 
 // worker is one of the goroutines of a walk.
