@@ -112,3 +112,16 @@ func TestMutated(t *testing.T) {
 	}
 	t.Logf("%d compacted, %d turned away", done, refused)
 }
+
+// FuzzCompact compacts images with changed fields; seeds choose the image.
+func FuzzCompact(f *testing.F) {
+	var bases [][]byte
+	for i, o := range []qcow2.CreateOptions{{Size: 128 << 10, ClusterSize: 512}, {Size: 256 << 10, ClusterSize: 4096}, {Size: 512 << 10, ClusterSize: 16384, ExtendedL2: true}} {
+		bases = append(bases, scribbled(f, o, uint64(i)).Bytes())
+		f.Add(uint8(i), []byte{})
+		f.Add(uint8(i), []byte{0, 30, 3, 7, 0, 40, 1, 1})
+	}
+	f.Fuzz(func(t *testing.T, which uint8, script []byte) {
+		same(t.Context(), t, "fuzzed", mutate.Apply("qcow2", bases[int(which)%len(bases)], script))
+	})
+}

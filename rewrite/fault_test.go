@@ -16,7 +16,7 @@ import (
 )
 
 // scribbled is a small image with random content.
-func scribbled(t *testing.T, o qcow2.CreateOptions, seed uint64) *backend.Mem {
+func scribbled(t testing.TB, o qcow2.CreateOptions, seed uint64) *backend.Mem {
 	t.Helper()
 	ctx := t.Context()
 	m := backend.NewMem("image")

@@ -37,8 +37,10 @@ func (m *mover) moveTables() error {
 			if err := m.done(run.n << m.img.clusterBits); err != nil {
 				return err
 			}
-			again = true
-			break // what was listed may stand elsewhere now
+			if t.kind == tableSnapshots || t.kind == tableBitmapDir {
+				again = true // what it says of the others stands elsewhere now
+				break
+			}
 		}
 		if !again {
 			return nil
