@@ -55,6 +55,9 @@ func TestHostile(t *testing.T) {
 				}
 				images.Add(1)
 				for _, tool := range hostile.Tools() {
+					if c.Only != nil && !slices.Contains(c.Only, tool) {
+						continue
+					}
 					if !built(tool) || c.Class == hostile.Guest && !guestTools[tool] {
 						continue
 					}

@@ -74,6 +74,8 @@ type Case struct {
 	// Exit is the exit code of every tool that By does not mention.
 	Exit int
 	By   map[Tool]int
+	// Only are the tools that are asked, where it is not all of them.
+	Only []Tool
 	// Words are in the message of every tool that fails.
 	Words []string
 }
