@@ -6,10 +6,8 @@ import (
 	"path/filepath"
 	"slices"
 
-	"github.com/imagestack/imagestack/backend"
-	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
 	"github.com/imagestack/imagestack/layers/ploop"
-	"github.com/imagestack/imagestack/layers/qcow2"
 )
 
 // checkChildren looks in the image's directory for images that stand on it.
@@ -18,35 +16,14 @@ func (s *Stack) checkChildren(ctx context.Context, sink Sink) error {
 		return nil
 	}
 	top := s.trace.Images[0].Path
-	st, err := os.Stat(top)
-	if err != nil || !st.Mode().IsRegular() {
-		return nil // a device has no siblings
+	if _, err := os.Stat(top); err != nil {
+		return nil
 	}
-	return siblings(filepath.Dir(top), func(path string, sib os.FileInfo, head []byte) {
-		if !qcow2.Probe(head) || os.SameFile(st, sib) {
-			return
-		}
-		name := parentOf(ctx, path)
-		if base, err := os.Stat(resolveIn(path, name)); name != "" && err == nil && os.SameFile(st, base) {
-			sink.Report(Finding{Code: codeTopIsBase, Text: path + " names this image as its parent", Place: Place{File: top, Offset: -1}})
-		}
-	})
-}
-
-// parentOf is the parent that a qcow2 image names, "" if there is none or the
-// image does not open.
-func parentOf(ctx context.Context, path string) string {
-	f, err := backend.Open(path, backend.Options{})
-	if err != nil {
-		return ""
+	children, err := open.Children(ctx, top)
+	for _, path := range children {
+		sink.Report(Finding{Code: codeTopIsBase, Text: path + " names this image as its parent", Place: Place{File: top, Offset: -1}})
 	}
-	img, err := qcow2.Open(ctx, f, layers.OpenOptions{Path: path, Cache: layers.NewCache(0)})
-	if err != nil {
-		_ = f.Close() // opened for reading
-		return ""
-	}
-	defer img.Close()
-	return img.Parent().Name
+	return err
 }
 
 // hasParent reports whether an image stands on another one, also when that
@@ -86,6 +63,9 @@ func (s *Stack) hasParent(f StackFile) bool {
 	}
 	return true
 }
+
+// maxSiblings bounds how many files of a directory are looked at.
+const maxSiblings = 4096
 
 // listFiles lists the regular files in a directory, up to maxSiblings.
 func listFiles(dir string) ([]string, error) {

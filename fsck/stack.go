@@ -12,7 +12,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 	"github.com/imagestack/imagestack/layers/ploop"
@@ -280,36 +279,4 @@ func resolveIn(from, name string) string {
 		return name
 	}
 	return filepath.Join(filepath.Dir(from), name)
-}
-
-// maxSiblings bounds how many files of a directory are looked at.
-const maxSiblings = 4096
-
-// siblings calls do with the regular files in a directory.
-func siblings(dir string, do func(path string, st os.FileInfo, head []byte)) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	list, err := d.ReadDir(maxSiblings)
-	if err != nil && len(list) == 0 {
-		return nil // empty, or not to be listed
-	}
-	for _, e := range list {
-		st, err := e.Info()
-		if err != nil || !st.Mode().IsRegular() {
-			continue
-		}
-		path := filepath.Join(dir, e.Name())
-		f, err := backend.Open(path, backend.Options{})
-		if err != nil {
-			continue
-		}
-		head := make([]byte, 512)
-		n, _ := f.ReadAt(head, 0) // what cannot be read is no image
-		_ = f.Close()             // opened for reading
-		do(path, st, head[:n])
-	}
-	return nil
 }
