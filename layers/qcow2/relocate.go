@@ -2,7 +2,9 @@ package qcow2
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
 	"math"
 
 	"github.com/imagestack/imagestack/blockmap"
@@ -233,6 +235,9 @@ func (img *Image) ownRun(ctx context.Context, j *joiner, guest, end int64) (int6
 			x.Kind = blockmap.Unmapped
 		default:
 			x.Kind, x.Host = blockmap.Data, int64(e.host)
+			if img.external && img.hdr.RawDataFile() && img.isHole(x.Host, x.Len) {
+				return nil // it stays mapped, and has no space to give back
+			}
 		}
 		return j.add(x)
 	})
@@ -240,6 +245,12 @@ func (img *Image) ownRun(ctx context.Context, j *joiner, guest, end int64) (int6
 		return end, err
 	}
 	return start + img.l2Span, err
+}
+
+// isHole reports whether a range of the data file takes no space.
+func (img *Image) isHole(off, n int64) bool {
+	data, err := img.data.SeekData(off)
+	return errors.Is(err, io.EOF) || err == nil && data >= off+n
 }
 
 // joiner joins neighbouring extents.
