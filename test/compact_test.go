@@ -20,6 +20,7 @@ type compactDoc struct {
 	Action   string
 	Complete bool
 	Error    string
+	Image    string
 	Before   struct{ Apparent, Allocated int64 }
 	After    *struct{ Apparent, Allocated int64 }
 	Steps    []struct {
@@ -321,7 +322,7 @@ func TestCompactTo(t *testing.T) {
 	imgtest.QemuIO(t, "qcow2", image, "write -P 0 0 8M", "write -P 7 8M 2M")
 	before := imgtest.SHA256File(t, image)
 	d := compactJSON(t, "--to", copied, image)
-	if d.After == nil || d.After.Apparent > 4<<20 {
+	if d.After == nil || d.After.Apparent > 4<<20 || d.Image != copied {
 		t.Errorf("%+v", d)
 	}
 	checkQcow2(t, copied, false)

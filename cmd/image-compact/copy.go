@@ -67,6 +67,7 @@ func (r *run) copyTo(ctx context.Context) (_ *rewrite.Report, err error) {
 		}
 		return report, errors.Join(err, abandoned, remove(part))
 	}
+	report.Image = r.To
 	return report, syncDir(filepath.Dir(r.To))
 }
 

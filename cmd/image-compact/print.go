@@ -26,11 +26,7 @@ var phaseNames = map[rewrite.Phase]string{
 func (d *document) print(w io.Writer, verbose bool) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
 	row := func(name, format string, args ...any) { fmt.Fprintf(t, name+":\t"+format+"\n", args...) }
-	name := d.Image
-	if d.To != "" {
-		name = d.To
-	}
-	row("image", "%s (%s, layer %d)", cli.Printable(name), d.Format, d.Layer)
+	row("image", "%s (%s, layer %d)", cli.Printable(d.Image), d.Format, d.Layer)
 	row("virtual size", "%s", cli.Bytes(d.VirtualSize))
 	if d.Resumed {
 		row("resumed", "an interrupted run")
