@@ -74,9 +74,9 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 		return nil, err
 	}
 	oo := o.Open
+	var above marks
 	if o.Layer > 0 {
-		marks, err := marksOf(trace.Images[:o.Layer])
-		if err != nil {
+		if above, err = marksOf(trace.Images[:o.Layer]); err != nil {
 			return nil, err
 		}
 		if o.Guest {
@@ -84,23 +84,18 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 				return nil, err
 			}
 		}
-		// The views had to be closed: they hold the layer for reading. Whoever
-		// opens one of them from now on needs it, too.
-		defer func() {
-			if err == nil {
-				err = marks.check()
-			}
-			if err != nil && t.stack != nil {
-				_ = t.stack.Close() // nothing was changed yet
-			}
-		}()
 		oo, path = lowerOptions(o.Open, path, at.Format), at.Path
 	}
 	oo.Writable, oo.Scratch = m != estimating, false
 	if t.stack, err = open.Open(ctx, path, oo); err != nil {
 		return nil, err
 	}
-	if err := t.attach(m != estimating); err != nil {
+	// The views had to be closed before, because they hold the layer for
+	// reading. Whoever opens one of them from now on needs it, too.
+	if err = above.check(); err == nil {
+		err = t.attach(m != estimating)
+	}
+	if err != nil {
 		return nil, errors.Join(err, t.stack.Close())
 	}
 	return t, nil
@@ -135,7 +130,7 @@ func (t *target) freeAbove(ctx context.Context, path string, o *Options, above [
 			return err
 		}
 		free := rep.Free
-		// Behind the end of a shorter view nobody looks through it.
+		// What lies behind the end of a shorter view is kept.
 		if t.above != nil {
 			free = intersect(*t.above, free)
 		}
