@@ -217,3 +217,79 @@ func TestCompactTrimmed(t *testing.T) {
 	umount()
 	m.unmount()
 }
+
+// TestCompactPeakSpace: moving into holes that the host has given back takes no
+// more space than --max-extra says.
+func TestCompactPeakSpace(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	dir := workDir(t)
+	image := filepath.Join(dir, "a.qcow2")
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", image, "256M")
+	imgtest.QemuIO(t, "qcow2", image, "write -P 3 0 64M", "write -P 7 64M 64M")
+	imgtest.QemuIO(t, "qcow2", image, "discard 0 64M")
+	taken := func() (n int64) {
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range entries {
+			if st, err := e.Info(); err == nil { // it may have gone
+				n += st.Sys().(*syscall.Stat_t).Blocks * 512
+			}
+		}
+		return n
+	}
+	before := taken()
+	const limit = 16 << 20
+	cmd := exec.Command(filepath.Join(binDir, "image-compact"), "--max-extra=16M", "--rate-limit=100M/s", image)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	peak, err, done := before, error(nil), false
+	for !done {
+		peak = max(peak, taken())
+		select {
+		case err = <-ended:
+			done = true
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if extra := peak - before; extra > limit || extra == 0 {
+		t.Errorf("%d bytes more than before at the peak, want some and at most %d", extra, limit)
+	}
+	st, err := os.Stat(image)
+	if err != nil || st.Size() > 66<<20 {
+		t.Errorf("%d bytes long, %v", st.Size(), err)
+	}
+	imgtest.QemuIO(t, "qcow2", image, "read -P 7 64M 64M")
+}
+
+// TestCompactWithoutRoot: whoever may write the image may compact it.
+func TestCompactWithoutRoot(t *testing.T) {
+	imgtest.RequireRoot(t) // to become somebody else
+	imgtest.Require(t, "setpriv", "qemu-img", "qemu-io")
+	image := movable(t, "qcow2")
+	tool := filepath.Join(binDir, "image-compact")
+	for dir := filepath.Dir(image); len(dir) > len(os.TempDir()); dir = filepath.Dir(dir) {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const nobody = 65534
+	for _, path := range []string{image, filepath.Dir(image)} {
+		if err := os.Chown(path, nobody, nobody); err != nil {
+			t.Fatal(err)
+		}
+	}
+	imgtest.Run(t, "chmod", "a+rx", filepath.Dir(binDir), binDir)
+	imgtest.Run(t, "setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups", tool, "--sandbox=require", image)
+	readMovable(t, "qcow2", image)
+	if st, err := os.Stat(image); err != nil || st.Size() > 19<<20 {
+		t.Errorf("%d bytes long, %v", st.Size(), err)
+	}
+}
