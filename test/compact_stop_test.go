@@ -189,12 +189,9 @@ func TestCompactTrimmed(t *testing.T) {
 	imgtest.Run(t, "mkfs.ext4", "-q", "-F", m.loop)
 	mnt, umount := mountGuest(t, m.loop, "rw")
 	kept := imgtest.PatternBytes(5, 0, 8<<20)
-	for name, b := range map[string][]byte{"gone": imgtest.PatternBytes(4, 0, 120<<20), "kept": kept} {
-		if err := os.WriteFile(filepath.Join(mnt, name), b, 0o644); err != nil {
-			t.Fatal(err)
-		}
-		imgtest.Run(t, "sync", "-f", mnt)
-	}
+	writePattern(t, filepath.Join(mnt, "gone"), 4, 120<<20)
+	writePattern(t, filepath.Join(mnt, "kept"), 5, 8<<20)
+	imgtest.Run(t, "sync", "-f", mnt)
 	if err := os.Remove(filepath.Join(mnt, "gone")); err != nil {
 		t.Fatal(err)
 	}
