@@ -7,6 +7,7 @@ import (
 	"math"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -49,6 +50,8 @@ type osFile struct {
 	sector int64 // logical sector of a block device, else 1
 
 	direct *direct // nil unless opened with O_DIRECT
+
+	untold atomic.Bool // it cannot tell what is in the page cache
 
 	// writing lets one long buffered write at a time into the kernel. A
 	// filesystem takes them one after the other anyway, and those who wait

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"errors"
 	"io"
 	"io/fs"
 	"sync"
@@ -20,18 +21,23 @@ type vector struct {
 	bufs  [][]byte
 	off   int64
 	write bool
-	n     int
-	err   error
-	call  func(fd uintptr)
+	// cached reads what is in the page cache only.
+	cached bool
+	n      int
+	err    error
+	call   func(fd uintptr)
 }
 
 var vectors = sync.Pool{New: func() any {
 	v := &vector{}
 	v.call = func(fd uintptr) {
 		for {
-			if v.write {
+			switch {
+			case v.write:
 				v.n, v.err = pwritev(int(fd), v.bufs, v.off)
-			} else {
+			case v.cached:
+				v.n, v.err = unix.Preadv2(int(fd), v.bufs, v.off, unix.RWF_NOWAIT)
+			default:
 				v.n, v.err = preadv(int(fd), v.bufs, v.off)
 			}
 			if v.err != unix.EINTR {
@@ -111,4 +117,27 @@ func (o *osFile) vectored(bufs [][]byte, off int64, write bool) (done int, err e
 		off += int64(v.n)
 		skip += v.n
 	}
+}
+
+// ReadCached fills p with the bytes of f at off if all of them are in the page
+// cache, and reports whether it did; it never waits for a disk. Files that
+// cannot tell say no.
+func ReadCached(f File, p []byte, off int64) bool {
+	o, is := f.(*osFile)
+	if !is || o.direct != nil || o.untold.Load() {
+		return false
+	}
+	v := vectors.Get().(*vector)
+	v.bufs, v.off, v.write = append(v.bufs[:0], p), off, false
+	v.cached = true
+	cerr := o.raw.Control(v.call)
+	n, err := v.n, v.err
+	v.cached = false
+	clear(v.bufs)
+	v.bufs = v.bufs[:0]
+	vectors.Put(v)
+	if cerr == nil && errors.Is(err, errors.ErrUnsupported) {
+		o.untold.Store(true)
+	}
+	return cerr == nil && err == nil && n == len(p)
 }

@@ -10,6 +10,8 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/fusefs/uring"
 )
 
 // Attach and Serve are the two halves of Mount, for a server that may not
@@ -37,18 +39,46 @@ func Attach(dir string, readOnly bool, o MountOptions) (conn int, err error) {
 // Serve serves fs over a connection of Attach, which it takes over, and
 // answers when it returns. The Server it returns knows nothing of a directory:
 // Unmount and Detach are not for it.
-func Serve(conn int, fs *FS, o MountOptions) (*Server, error) {
+func Serve(conn int, fs *FS, o MountOptions) (_ *Server, err error) {
+	opts := serverOptions(o)
+	second := -1
+	if o.Rings != nil {
+		if second, err = unix.FcntlInt(uintptr(conn), unix.F_DUPFD_CLOEXEC, 3); err != nil {
+			return nil, errors.Join(err, unix.Close(conn), o.Rings.Close())
+		}
+	}
 	// A name that go-fuse understands; nothing is opened.
-	srv, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", conn), serverOptions(o))
+	srv, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", conn), opts)
 	if err != nil {
+		if o.Rings != nil {
+			err = errors.Join(err, unix.Close(second), o.Rings.Close())
+		}
 		return nil, fmt.Errorf("serving: %w", err)
 	}
 	s := &Server{fs: fs, srv: srv, done: make(chan struct{})}
+	var ringErr error
+	if o.Rings != nil {
+		ringErr = s.startRings(second, opts, o.Rings)
+	}
 	go s.serve()
-	if err := srv.WaitMount(); err != nil {
+	if err := errors.Join(srv.WaitMount(), ringErr); err != nil {
 		return nil, fmt.Errorf("serving: %w", err)
 	}
 	return s, nil
+}
+
+// startRings lets the rings carry the requests. Without the kernel's offer it
+// closes them.
+func (s *Server) startRings(conn int, o *fuse.MountOptions, rings *uring.Transport) error {
+	if s.srv.KernelSettings().Flags64()&capOverURing == 0 {
+		return errors.Join(unix.Close(conn), rings.Close())
+	}
+	c, err := newCarrier(s.fs, s.srv, o)
+	if err != nil {
+		return errors.Join(err, unix.Close(conn), rings.Close())
+	}
+	s.rings = rings
+	return rings.Start(conn, c)
 }
 
 // attachDirect mounts by mount(2).

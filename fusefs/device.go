@@ -96,6 +96,12 @@ func (s *section) ReadAt(ctx context.Context, p []byte, off int64) (int, error) 
 	return n, err
 }
 
+// ReadCached implements CachedReader, where the disk does.
+func (s *section) ReadCached(p []byte, off int64) bool {
+	c, ok := s.dev.(CachedReader)
+	return ok && off >= 0 && off <= s.n && int64(len(p)) <= s.n-off && c.ReadCached(p, s.off+off)
+}
+
 func (s *section) WriteAt(ctx context.Context, p []byte, off int64) (int, error) {
 	if off < 0 || off > s.n || int64(len(p)) > s.n-off {
 		return 0, unix.EFBIG

@@ -13,6 +13,8 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/fusefs/uring"
 )
 
 // Type is the filesystem type under which mounts appear (fuse.mount-image in
@@ -32,7 +34,10 @@ type MountOptions struct {
 	AllowOther bool     // processes of other users may use the mount; permissions are always checked
 	Flags      []string // nodev, dev, nosuid, suid, noexec, exec, noatime, sync, … passed to the kernel
 	Debug      bool     // log every request
-	Log        *log.Logger
+	// Rings carry the requests, where the kernel offers it; they are taken
+	// over, and closed where it does not.
+	Rings *uring.Transport
+	Log   *log.Logger
 }
 
 // Server is a mounted FS.
@@ -41,6 +46,8 @@ type Server struct {
 	srv  *fuse.Server
 	dir  string
 	done chan struct{}
+	// rings carry requests besides /dev/fuse, nil if they do not.
+	rings *uring.Transport
 }
 
 // Mount mounts fs on dir, as root by itself, otherwise through fusermount3,
@@ -51,37 +58,46 @@ func Mount(dir string, fs *FS, o MountOptions) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	opts := serverOptions(o)
-	if os.Geteuid() == 0 {
-		opts.DirectMountStrict = true
-		flags, err := directFlags(o.Flags, !fs.writable)
-		if err != nil {
-			return nil, err
-		}
-		opts.DirectMountFlags = flags
-	} else {
-		if !fs.writable {
-			opts.Options = append(opts.Options, "ro")
-		}
-		opts.Options = append(opts.Options, o.Flags...)
-	}
-	srv, err := fuse.NewServer(fs, dir, opts)
+	conn, err := Attach(dir, !fs.writable, o)
 	if err != nil {
-		return nil, fmt.Errorf("mounting on %s: %w", dir, err)
+		return nil, err
 	}
-	s := &Server{fs: fs, srv: srv, dir: dir, done: make(chan struct{})}
-	go s.serve()
-	if err := srv.WaitMount(); err != nil {
-		return nil, errors.Join(fmt.Errorf("mounting on %s: %w", dir, err), s.Detach())
+	s, err := Serve(conn, fs, o)
+	if err != nil {
+		return nil, errors.Join(fmt.Errorf("mounting on %s: %w", dir, err), Unmount(dir, true))
 	}
+	s.dir = dir
 	SetReadAhead(dir)
+	if fs.through.settled == nil {
+		NoPoll(filepath.Join(dir, DiskName))
+	}
 	return s, nil
+}
+
+// NoPoll lets the kernel find out that files of the mount, of which path is
+// one, cannot be polled. A process that serves a mount must have called it
+// before it opens a file there by package os: that polls, and asked while
+// Go's poller is busy with the question, the server cannot answer.
+func NoPoll(path string) {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return // whoever needs the file will see why
+	}
+	// The answer is of no interest.
+	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	_ = unix.Close(fd)
 }
 
 func (s *Server) serve() {
 	s.srv.Serve()
+	if s.rings != nil {
+		s.rings.Wait(ringPatience)
+	}
 	close(s.done)
 }
+
+// ringPatience is how long the rings may take to end after the connection has.
+const ringPatience = 10 * time.Second
 
 // serverOptions are those of go-fuse, without what concerns mounting.
 func serverOptions(o MountOptions) *fuse.MountOptions {
@@ -105,6 +121,9 @@ func serverOptions(o MountOptions) *fuse.MountOptions {
 		ExplicitDataCacheControl: true,
 		Debug:                    o.Debug,
 		Logger:                   o.Log,
+	}
+	if o.Rings != nil {
+		opts.ExtraCapabilities |= capOverURing
 	}
 	// The kernel checks permissions by owner and mode.
 	opts.Options = []string{"default_permissions"}

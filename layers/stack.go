@@ -200,6 +200,41 @@ func (s *Stack) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	return n, eof
 }
 
+// ReadCached fills p from off, inside the disk, if all of it is in the host's
+// page cache, and reports whether it did. It waits for no data (though for a
+// table of the map, the first time).
+func (s *Stack) ReadCached(p []byte, off int64) bool {
+	if s.flat != nil {
+		return backend.ReadCached(s.flat, p, off)
+	}
+	if s.top != nil {
+		r := s.top.Readers()
+		defer r.Exit(r.Enter(off))
+	}
+	room := extentRoom.Get().(*[roomExtents]blockmap.Extent)
+	defer extentRoom.Put(room)
+	for len(p) > 0 {
+		found, err := s.Lookup(context.Background(), off, int64(len(p)), room[:0])
+		if err != nil {
+			return false
+		}
+		for _, e := range found {
+			switch e.Kind {
+			case blockmap.Data:
+				if !backend.ReadCached(s.layers[e.Layer].Data(), p[:e.Len], e.Host) {
+					return false
+				}
+			case blockmap.Zero:
+				clear(p[:e.Len])
+			default:
+				return false // decompressing takes long
+			}
+			p, off = p[e.Len:], off+e.Len
+		}
+	}
+	return true
+}
+
 // readMapped fills p from off on as the map m says, which is s or the part of
 // it under the editor.
 func (s *Stack) readMapped(ctx context.Context, m lookuper, p []byte, off int64) (int, error) {

@@ -68,13 +68,14 @@ func TestDiskModel(t *testing.T) {
 
 // diskModel is what a disk must hold.
 type diskModel struct {
-	rng  *rand.Rand
-	want []byte
+	rng   *rand.Rand
+	want  []byte
+	flags []string // of mount-image
 }
 
 func (d *diskModel) run(t *testing.T, image string, steps int) {
 	t.Helper()
-	m := mountImage(t, image, "-w")
+	m := mountImage(t, image, append(d.flags, "-w")...)
 	cached, err := os.OpenFile(m.file(), os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)

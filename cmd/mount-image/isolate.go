@@ -37,6 +37,9 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 			return err
 		}
 	}
+	if err := srv.makeRings(); err != nil {
+		return err
+	}
 	if s.sandbox == sandbox.Off {
 		return nil
 	}
@@ -59,6 +62,7 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 	}
 	warnings, err := sandbox.Confine(sandbox.Policy{
 		Mode: s.sandbox, List: access.List, Read: access.Read, Write: access.Write, User: s.user,
+		Rings: srv.rings != nil,
 	})
 	for _, w := range warnings {
 		srv.log.Print(w)
@@ -86,7 +90,7 @@ func homeOf(image string) (string, error) {
 // whole, if not nil, is the disk, and read by the kernel where that works.
 func (srv *server) attach(whole backend.File) (err error) {
 	o := srv.place.options()
-	o.Log = srv.log
+	o.Log, o.Rings = srv.log, srv.rings
 	if srv.keeper == nil {
 		if srv.mount, err = fusefs.Mount(srv.dir, srv.fs, o); err != nil || whole == nil {
 			return err

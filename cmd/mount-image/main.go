@@ -26,7 +26,8 @@ type flags struct {
 	Loop        bool        `help:"Attach a loop device to the disk and print its name (root)."`
 	SectorSize  uint32      `default:"0" placeholder:"BYTES" help:"Sector size of the loop device, 512 (default) or 4096."`
 	Snapshot    string      `placeholder:"ID" help:"Show the disk as it was at this snapshot (id or name)."`
-	Options     []string    `short:"o" sep:"none" placeholder:"OPT,…" help:"Options as of mount(8): ro, rw, allow_other, allow_root, uid=, gid=, umask=, and the flags of this tool as scratch, flat, partitions, loop, snapshot=, format=, backing_format=, allow_path=, cache_size=, sector_size=, log=, passthrough=, sandbox=, run_as= (as --uid)."`
+	Options     []string    `short:"o" sep:"none" placeholder:"OPT,…" help:"Options as of mount(8): ro, rw, allow_other, allow_root, uid=, gid=, umask=, and the flags of this tool as scratch, flat, partitions, loop, snapshot=, format=, backing_format=, allow_path=, cache_size=, sector_size=, log=, passthrough=, transport=, sandbox=, run_as= (as --uid)."`
+	Transport   transport   `enum:"auto,dev,uring" default:"auto" help:"How requests come from the kernel: auto (over io_uring where it is switched on), dev (/dev/fuse) or uring (or fail)."`
 	Passthrough passthrough `enum:"auto,on,off" default:"auto" help:"Let the kernel read a disk that is one raw file by itself: auto (read-only disks, where it can), on (writable ones too, or fail) or off."`
 	Log         string      `placeholder:"FILE" help:"Append messages of the server in the background to FILE."`
 	JSON        bool        `help:"Print one JSON document about the mount."`

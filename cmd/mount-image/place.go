@@ -38,6 +38,7 @@ func (p *place) options() fusefs.MountOptions {
 // probe reads a byte of the disk through the mount.
 func (p *place) probe() error {
 	fusefs.SetReadAhead(p.Dir)
+	fusefs.NoPoll(p.disk())
 	f, err := os.Open(p.disk())
 	if errors.Is(err, unix.EACCES) && p.UID != uint32(os.Geteuid()) {
 		return nil // the owner that was asked for is somebody else: the kernel has answered

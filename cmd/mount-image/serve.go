@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/imagestack/imagestack/fusefs"
+	"github.com/imagestack/imagestack/fusefs/uring"
 	"github.com/imagestack/imagestack/guestfs"
 	"github.com/imagestack/imagestack/internal/cli"
 	"github.com/imagestack/imagestack/internal/keeper"
@@ -33,7 +34,8 @@ type server struct {
 	// keeper acts on the place for an isolated server, nil for one that is
 	// not.
 	keeper *keeper.Keeper
-	loop   string // device, "" when none
+	loop   string           // device, "" when none
+	rings  *uring.Transport // nil for /dev/fuse
 	parts  []guestfs.Partition
 	log    *log.Logger
 }
@@ -150,7 +152,11 @@ func (srv *server) start(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	options.Passthrough = whole != nil
+	if options.Passthrough = whole != nil; options.Passthrough {
+		if err := srv.dropRings(); err != nil {
+			return err
+		}
+	}
 	if srv.fs, err = fusefs.New(srv.stack, options); err != nil {
 		return err
 	}

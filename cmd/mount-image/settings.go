@@ -27,6 +27,7 @@ type settings struct {
 	mountFlags  []string
 	sandbox     sandbox.Mode
 	passthrough passthrough
+	transport   transport
 	user        *sandbox.User // to become, nil to stay
 }
 
@@ -87,6 +88,14 @@ func newSettings(f *flags) (*settings, error) {
 	}
 	if s.passthrough = f.Passthrough; o.Passthrough != "" {
 		s.passthrough = passthrough(o.Passthrough)
+	}
+	if s.transport = f.Transport; o.Transport != "" {
+		s.transport = transport(o.Transport)
+	}
+	switch s.transport {
+	case transportAuto, transportDev, transportURing:
+	default:
+		return nil, fmt.Errorf("transport %q: want auto, dev or uring", s.transport)
 	}
 	switch s.passthrough {
 	case throughAuto, throughOn, throughOff:

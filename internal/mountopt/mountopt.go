@@ -30,6 +30,7 @@ type Options struct {
 	Log           string
 	Sandbox       string   // auto, require or off
 	Passthrough   string   // auto, on or off
+	Transport     string   // auto, dev or uring
 	RunAs         string   // user whom the server becomes
 	Flags         []string // options for the kernel, such as noexec
 }
@@ -116,7 +117,7 @@ func (o *Options) one(opt string) error {
 	text := map[string]*string{
 		"snapshot": &o.Snapshot, "format": &o.Format, "backing_format": &o.BackingFormat,
 		"cache_size": &o.CacheSize, "log": &o.Log,
-		"sandbox": &o.Sandbox, "passthrough": &o.Passthrough, "run_as": &o.RunAs,
+		"sandbox": &o.Sandbox, "passthrough": &o.Passthrough, "transport": &o.Transport, "run_as": &o.RunAs,
 	}
 	if p, ok := text[name]; ok {
 		if value == "" {

@@ -60,6 +60,9 @@ type Policy struct {
 	// Exec are the programs that may be run, instead of the present one: the
 	// file itself, and what loads it. nil is none. Processes cannot be made.
 	Exec []string
+	// Rings says that io_urings that were made before stay usable. They must
+	// have been restricted, for what they do no filter sees.
+	Rings bool
 	// User to become; nil stays.
 	User *User
 }

@@ -108,7 +108,7 @@ func confineRules(policy Policy) []rule {
 		unix.SYS_SOCKET, unix.SYS_SOCKETPAIR, unix.SYS_CONNECT, unix.SYS_BIND, unix.SYS_LISTEN,
 		unix.SYS_ACCEPT, unix.SYS_ACCEPT4,
 		// What would run system calls past this filter.
-		unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_ENTER, unix.SYS_IO_URING_REGISTER,
+		unix.SYS_IO_URING_SETUP, unix.SYS_IO_URING_REGISTER,
 		// The tree of files and name spaces.
 		unix.SYS_MOUNT, unix.SYS_UMOUNT2, unix.SYS_PIVOT_ROOT, unix.SYS_CHROOT,
 		unix.SYS_FSOPEN, unix.SYS_FSMOUNT, unix.SYS_FSCONFIG, unix.SYS_FSPICK, unix.SYS_OPEN_TREE,
@@ -129,6 +129,9 @@ func confineRules(policy Policy) []rule {
 		unix.SYS_SHMGET, unix.SYS_SHMAT, unix.SYS_MSGGET, unix.SYS_SEMGET, unix.SYS_MQ_OPEN,
 	)
 	rules = append(rules, legacyConfine()...)
+	if !policy.Rings {
+		rules = append(rules, rule{nr: unix.SYS_IO_URING_ENTER})
+	}
 	if len(policy.Exec) == 0 {
 		rules = append(rules, all(unix.SYS_EXECVE, unix.SYS_PRLIMIT64)...)
 	} else {

@@ -1,0 +1,52 @@
+package main
+
+import (
+	"github.com/imagestack/imagestack/fusefs/uring"
+	"github.com/imagestack/imagestack/internal/cli"
+)
+
+// transport says how requests come from the kernel.
+type transport string
+
+const (
+	transportAuto  transport = "auto"  // over io_uring where the kernel offers it
+	transportDev   transport = "dev"   // over /dev/fuse
+	transportURing transport = "uring" // over io_uring, or fail
+)
+
+// Places for requests under way, of each processor, and the largest request.
+const (
+	ringDepth   = 16
+	ringPayload = 1 << 20
+)
+
+// makeRings makes the rings for requests over io_uring, if that is wanted,
+// while the server still may.
+func (srv *server) makeRings() error {
+	mode := srv.s.transport
+	if mode == transportDev {
+		return nil
+	}
+	err := uring.Available()
+	if err == nil {
+		srv.rings, err = uring.New(ringDepth, ringPayload)
+	}
+	switch {
+	case err == nil:
+	case mode == transportURing:
+		return cli.WithHint(err, "--transport=auto goes on without")
+	case srv.s.verbose:
+		srv.log.Print(err)
+	}
+	return nil
+}
+
+// dropRings gives the rings back, for a disk that the kernel reads by itself.
+func (srv *server) dropRings() error {
+	r := srv.rings
+	if r == nil {
+		return nil
+	}
+	srv.rings = nil
+	return r.Close()
+}

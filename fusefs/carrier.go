@@ -1,0 +1,121 @@
+package fusefs
+
+import (
+	"encoding/binary"
+	"fmt"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+
+	"github.com/imagestack/imagestack/fusefs/uring"
+)
+
+// Requests that come over io_uring (package uring) are answered here. Reads
+// and writes, which are nearly all of them, are decoded in place; the rest
+// goes through go-fuse, as those that come over /dev/fuse do.
+
+// Numbers of operations (linux/fuse.h).
+const (
+	opRead  = 15
+	opWrite = 16
+	opInit  = 26
+)
+
+// capOverURing is the capability FUSE_OVER_IO_URING.
+const capOverURing = 1 << 41
+
+// CachedReader is a Device that can tell what it can read without waiting.
+type CachedReader interface {
+	// ReadCached fills p from off, inside the disk, if all of it is in
+	// memory, and reports whether it did.
+	ReadCached(p []byte, off int64) bool
+}
+
+// carrier is a uring.Handler.
+type carrier struct {
+	fs *FS
+	ps *fuse.ProtocolServer
+}
+
+// newCarrier answers requests of a kernel that srv has settled the protocol
+// with.
+func newCarrier(fs *FS, srv *fuse.Server, o *fuse.MountOptions) (*carrier, error) {
+	c := &carrier{fs: fs, ps: fuse.NewProtocolServer(fs, o)}
+	// Let it know what was settled.
+	k := srv.KernelSettings()
+	in := make([]byte, 40+64)
+	binary.NativeEndian.PutUint32(in, uint32(len(in)))
+	binary.NativeEndian.PutUint32(in[4:], opInit)
+	binary.NativeEndian.PutUint64(in[8:], 1)
+	for i, v := range []uint32{k.Major, k.Minor, k.MaxReadAhead, k.Flags, k.Flags2} {
+		binary.NativeEndian.PutUint32(in[40+4*i:], v)
+	}
+	if _, status := c.ps.HandleRequest([][]byte{in}, [][]byte{make([]byte, 256)}); !status.Ok() {
+		return nil, fmt.Errorf("settling the protocol: %v", status)
+	}
+	return c, nil
+}
+
+// span is what a read or a write is about: struct fuse_read_in and struct
+// fuse_write_in begin alike.
+func span(op []byte) (off uint64, size uint32) {
+	return binary.NativeEndian.Uint64(op[8:]), binary.NativeEndian.Uint32(op[16:])
+}
+
+// Try answers reads of what is in memory.
+func (c *carrier) Try(r *uring.Request) bool {
+	if r.Opcode() != opRead {
+		return false
+	}
+	f := c.fs.file(r.Node())
+	if f == nil {
+		return false
+	}
+	cached, ok := f.dev.(CachedReader)
+	if !ok {
+		return false
+	}
+	off, size := span(r.Op())
+	buf := r.Results()
+	n := clip(f.size, off, uint64(min(int(size), len(buf))))
+	if n > 0 && !cached.ReadCached(buf[:n], int64(off)) {
+		return false
+	}
+	r.Reply(int(n), 0)
+	return true
+}
+
+// Do answers everything.
+func (c *carrier) Do(r *uring.Request) {
+	switch r.Opcode() {
+	case opRead:
+		in := fuse.ReadIn{InHeader: fuse.InHeader{NodeId: r.Node()}}
+		in.Offset, in.Size = span(r.Op())
+		res, status := c.fs.Read(nil, &in, r.Results())
+		n := 0
+		if status.Ok() {
+			n = res.Size()
+			res.Done()
+		}
+		r.Reply(n, int32(status))
+	case opWrite:
+		in := fuse.WriteIn{InHeader: fuse.InHeader{NodeId: r.Node()}}
+		in.Offset, in.Size = span(r.Op())
+		n, status := c.fs.Write(nil, &in, r.Arguments())
+		// struct fuse_write_out
+		binary.NativeEndian.PutUint32(r.Results(), n)
+		binary.NativeEndian.PutUint32(r.Results()[4:], 0)
+		r.Reply(8, int32(status))
+	default:
+		c.dispatch(r)
+	}
+}
+
+func (c *carrier) dispatch(r *uring.Request) {
+	in := [][]byte{r.Header(), r.Op()[:r.OpLen()], r.Arguments()}
+	n, status := c.ps.HandleRequest(in, [][]byte{r.ReplyHeader(), r.Results()})
+	if !status.Ok() || n < len(r.ReplyHeader()) {
+		r.Reply(0, int32(fuse.EIO))
+		return
+	}
+	r.Replied(n - len(r.ReplyHeader()))
+}
