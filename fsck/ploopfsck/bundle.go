@@ -75,9 +75,11 @@ func (d *descriptor) lookAround() {
 	if err != nil {
 		return // not to be listed
 	}
+	d.isSibling = make(map[string]bool, len(names))
 	for _, n := range names {
 		if n != path.Base(d.f.Name()) {
 			d.siblings = append(d.siblings, n)
+			d.isSibling[n] = true
 		}
 	}
 }
@@ -209,7 +211,7 @@ func (d *descriptor) checkFiles() {
 	for _, i := range d.images {
 		if i.missing {
 			f := d.place(codeDescMissing, i.field+"/File", i.file, "there is no such file")
-			if !d.beside(d.topGUID, i.guid) {
+			if !d.besideTop(i.guid) {
 				f.Severity = fsck.Fatal
 			}
 			d.findFile(i, f)
@@ -261,11 +263,11 @@ func (d *descriptor) checkFiles() {
 // command is the descriptor's name in a command that is shown.
 func (d *descriptor) command() string { return d.f.Name() }
 
-// beside reports whether the state of a GUID certainly does not need the image
-// of another.
-func (d *descriptor) beside(state, guid string) bool {
-	s, other := d.shot(state), d.shot(guid)
-	return s != nil && other != nil && d.wholeTree() && !d.standsOn(s, other)
+// besideTop reports whether the current state certainly does not need the image
+// of a GUID.
+func (d *descriptor) besideTop(guid string) bool {
+	s, other := d.shot(d.topGUID), d.shot(guid)
+	return s != nil && other != nil && d.tree.whole && !d.tree.belowTop[other]
 }
 
 // checkSizes compares sizes of disk and clusters with those of the images.
@@ -322,12 +324,13 @@ func (d *descriptor) topSize(top *image, n int64) {
 
 // orphans are images beside the descriptor that it does not name.
 func (d *descriptor) orphans() (out []string) {
-	named := map[string]bool{}
-	for _, i := range d.images {
-		named[path.Base(i.file)] = true
+	if d.orphaned != nil {
+		return *d.orphaned
 	}
+	defer func() { d.orphaned = &out }()
+	named := d.tree.files
 	for _, name := range d.siblings {
-		if base, ok := strings.CutSuffix(name, ".idx"); named[name] || ok && (named[base] || d.isSibling(base)) {
+		if base, ok := strings.CutSuffix(name, ".idx"); named[name] > 0 || ok && (named[base] > 0 || d.isSibling[base]) {
 			continue // the BAT that a conversion has saved
 		}
 		if x, _ := d.look(name); x != nil && x.ploop {
@@ -335,15 +338,6 @@ func (d *descriptor) orphans() (out []string) {
 		}
 	}
 	return out
-}
-
-func (d *descriptor) isSibling(name string) bool {
-	for _, s := range d.siblings {
-		if s == name {
-			return true
-		}
-	}
-	return false
 }
 
 // fits reports whether a file can be the image of a GUID.
@@ -368,36 +362,18 @@ func (d *descriptor) onlyOrphan(guid string) string {
 // or the only image there that nothing names. A snapshot on which nothing
 // stands can be given up.
 func (d *descriptor) findFile(i *image, f fsck.Finding) {
-	missing := 0
-	for _, o := range d.images {
-		if o.missing || o.file == "" {
-			missing++
-		}
-	}
 	base := path.Base(i.file)
 	switch orphan := d.onlyOrphan(i.guid); {
-	case i.file != "" && base != i.file && d.isSibling(base) && d.namedOnce(base) && (i.typ == "Plain" || d.fits(base, i.guid)):
+	case i.file != "" && base != i.file && d.isSibling[base] && d.tree.files[base] == 1 && (i.typ == "Plain" || d.fits(base, i.guid)):
 		d.offer(f, fsck.Full, "name "+base+" instead, the file of this name beside the descriptor", nil, setText(d.b, i.n, "File", base))
-	case missing == 1 && orphan != "" && (i.typ == "Compressed" || d.shot(i.guid) != nil && d.shot(i.guid).parent != noParent):
+	case d.tree.missing == 1 && orphan != "" && (i.typ == "Compressed" || d.shot(i.guid) != nil && d.shot(i.guid).parent != noParent):
 		d.offer(f, fsck.Full, "name "+orphan+" instead, the only image in the directory that nothing names; likely and not proved", nil, setText(d.b, i.n, "File", orphan))
-	case i.missing && i.guid != d.topGUID && d.shot(i.guid) != nil && d.isLeaf(d.shot(i.guid)):
+	case i.missing && i.guid != d.topGUID && d.shot(i.guid) != nil && d.tree.isLeaf(d.shot(i.guid)):
 		d.offer(f, fsck.Full, "take the snapshot "+i.guid+" out of the descriptor; nothing stands on it, and its content is gone unless the file is brought back", nil,
 			append(remove(d.b, i.n), remove(d.b, d.shot(i.guid).n)...))
 	default:
 		d.sink.Report(f)
 	}
-}
-
-// namedOnce reports whether only one image has a file of that name, in
-// whatever directory.
-func (d *descriptor) namedOnce(base string) bool {
-	n := 0
-	for _, i := range d.images {
-		if path.Base(i.file) == base {
-			n++
-		}
-	}
-	return n == 1
 }
 
 // onlyImage is the only image in the directory, if there is nothing else that

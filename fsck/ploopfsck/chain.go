@@ -6,58 +6,9 @@ import (
 	"github.com/imagestack/imagestack/fsck"
 )
 
-// leaves are the snapshots that are no other's parent.
-func (d *descriptor) leaves() (out []*shot) {
-	parents := map[string]bool{}
-	for _, s := range d.shots {
-		parents[s.parent] = true
-	}
-	for _, s := range d.shots {
-		if s.guid != "" && !parents[s.guid] {
-			out = append(out, s)
-		}
-	}
-	return out
-}
-
-// wholeTree reports whether every snapshot says which its parent is.
-func (d *descriptor) wholeTree() bool {
-	for _, o := range d.shots {
-		if o.guid == "" || o.parent != noParent && d.shot(o.parent) == nil {
-			return false
-		}
-	}
-	return true
-}
-
-// isLeaf reports whether certainly nothing stands on s.
-func (d *descriptor) isLeaf(s *shot) bool {
-	if !d.wholeTree() {
-		return false
-	}
-	for _, l := range d.leaves() {
-		if l == s {
-			return true
-		}
-	}
-	return false
-}
-
-// unsettled reports whether a GUID is malformed: what follows from it waits
-// until that is repaired.
-func (d *descriptor) unsettled() bool {
-	for _, i := range d.images {
-		if i.guid == "" {
-			return true
-		}
-	}
-	for _, s := range d.shots {
-		if s.guid == "" {
-			return true
-		}
-	}
-	return false
-}
+// maxLoops bounds for how many loops a parent is looked for: each takes a walk
+// from every leaf.
+const maxLoops = 16
 
 // checkShots looks at the tree of snapshots.
 func (d *descriptor) checkShots() {
@@ -94,45 +45,30 @@ func (d *descriptor) checkShots() {
 // tells it.
 func (d *descriptor) wrongShotGUID(s *shot) {
 	f := d.place(codeDescGUID, s.field+"/GUID", s.n.value("GUID"), "not a GUID")
-	bad := 0
-	for _, other := range d.shots {
-		if other.guid == "" {
-			bad++
-		}
-	}
-	lone := d.imagesAlone()
-	if bad != 1 || len(lone) != 1 {
+	lone := d.tree.imagesAlone
+	if d.tree.badShots != 1 || len(lone) != 1 {
 		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
 		return
 	}
 	d.offer(f, fsck.Full, "set it to "+lone[0].guid+", the only image without a snapshot", nil, setText(d.b, s.n, "GUID", lone[0].guid))
 }
 
-func (d *descriptor) imagesAlone() (out []*image) {
-	for _, i := range d.images {
-		if i.guid != "" && d.shot(i.guid) == nil {
-			out = append(out, i)
-		}
-	}
-	return out
-}
-
 // shotAlone handles a snapshot without an image: its file may lie beside the
 // descriptor; a snapshot on which nothing stands can be given up.
 func (d *descriptor) shotAlone(s *shot) {
 	f := d.place(codeDescNoImage, s.field+"/GUID", s.guid, "no image has this GUID")
-	if len(d.imagesAlone()) > 0 || d.unsettled() {
+	if len(d.tree.imagesAlone) > 0 || d.tree.unsettled() {
 		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text) // decided with those
 		return
 	}
-	if name := d.onlyOrphan(s.guid); name != "" && len(d.shotsAlone()) == 1 && len(d.images) > 0 {
+	if name := d.onlyOrphan(s.guid); name != "" && len(d.tree.shotsAlone) == 1 && len(d.images) > 0 {
 		last := d.images[len(d.images)-1]
 		element := fmt.Sprintf("<Image><GUID>%s</GUID><Type>%s</Type><File>%s</File></Image>", s.guid, escaped(last.typ), escaped(name))
 		d.offer(f, fsck.Full, fmt.Sprintf("name %s as its image, the only one in the directory that nothing names, which is likely and not proved", name),
 			nil, addBehind(d.b, last.n, element))
 		return
 	}
-	if d.isLeaf(s) && s.guid != d.topGUID {
+	if d.tree.isLeaf(s) && s.guid != d.topGUID {
 		d.offer(f, fsck.Full, "take the snapshot out of the descriptor; nothing stands on it", nil, remove(d.b, s.n))
 		return
 	}
@@ -142,17 +78,19 @@ func (d *descriptor) shotAlone(s *shot) {
 // imageAlone handles an image without a snapshot.
 func (d *descriptor) imageAlone(i *image) {
 	f := d.place(codeDescNoShot, i.field+"/GUID", i.guid, "no snapshot has this GUID")
-	alone := d.shotsAlone()
+	alone := d.tree.shotsAlone
 	switch {
-	case d.unsettled():
+	case d.tree.unsettled():
 		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
-	case len(alone) == 1 && len(d.imagesAlone()) == 1:
+	case len(alone) == 1 && len(d.tree.imagesAlone) == 1:
 		d.offer(f, fsck.Full, "set it to "+alone[0].guid+", the only snapshot without an image", nil, setText(d.b, i.n, "GUID", alone[0].guid))
 	case len(alone) > 0:
 		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
+	case i.guid == d.topGUID && d.image(i.guid) != i:
+		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text) // once is enough
 	case i.guid == d.topGUID:
 		// The current state: it stands on the only one that is no parent.
-		parent, leaves := noParent, d.leaves()
+		parent, leaves := noParent, d.tree.leaves
 		if len(leaves) == 1 {
 			parent = leaves[0].guid
 		}
@@ -179,7 +117,7 @@ func (d *descriptor) checkTop() {
 	}
 	f := d.place(code, "Snapshots/TopGUID", value, text)
 	var top *shot
-	leaves := d.leaves()
+	leaves := d.tree.leaves
 	if len(leaves) == 1 {
 		top = leaves[0]
 	}
@@ -188,7 +126,7 @@ func (d *descriptor) checkTop() {
 			top = l // the constant name that ploop gives it
 		}
 	}
-	if top == nil || d.unsettled() {
+	if top == nil || d.tree.unsettled() {
 		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
 		return
 	}
@@ -211,6 +149,7 @@ func (d *descriptor) checkParents() {
 		f := d.place(code, s.field+"/ParentGUID", s.n.value("ParentGUID"), text)
 		d.newParent(f, s, len(lost) == 1)
 	}
+	loops := 0
 	state := map[*shot]int{} // 1: on the way, 2: done
 	for _, s := range d.shots {
 		var way []*shot
@@ -221,7 +160,8 @@ func (d *descriptor) checkParents() {
 			at = d.shot(at.parent)
 		}
 		if at != nil && state[at] == 1 {
-			d.loop(at)
+			loops++
+			d.loop(at, loops <= maxLoops)
 		}
 		for _, w := range way {
 			state[w] = 2
@@ -231,7 +171,7 @@ func (d *descriptor) checkParents() {
 
 // loop handles snapshots that are each other's parents. at is one of them. The
 // current state is no snapshot's parent, so whoever names it is wrong.
-func (d *descriptor) loop(at *shot) {
+func (d *descriptor) loop(at *shot, settle bool) {
 	var bad *shot
 	n := 0
 	for s := at; n == 0 || s != at; s = d.shot(s.parent) {
@@ -249,25 +189,23 @@ func (d *descriptor) loop(at *shot) {
 		return
 	}
 	f.Place.Field, f.Place.Value = bad.field+"/ParentGUID", bad.parent
-	d.newParent(f, bad, true)
+	d.newParent(f, bad, settle)
 }
 
 // newParent offers the parent that a snapshot has to have: none if there is no
 // base, else the only one on which nothing stands.
 func (d *descriptor) newParent(f fsck.Finding, s *shot, only bool) {
-	roots := 0
-	for _, o := range d.shots {
-		if o.parent == noParent {
-			roots++
-		}
+	if !only || d.tree.unsettled() {
+		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
+		return
 	}
 	want := ""
-	if roots == 0 {
+	if d.tree.roots == 0 {
 		want = noParent
 	} else {
 		var fit []*shot
-		for _, l := range d.leaves() {
-			if l != s && l.guid != d.topGUID && !d.standsOn(l, s) && d.mayStandOn(s, l) {
+		for _, l := range d.tree.leaves {
+			if l != s && l.guid != d.topGUID && !d.tree.standsOn(l, s) && d.mayStandOn(s, l) {
 				fit = append(fit, l)
 			}
 		}
@@ -275,7 +213,7 @@ func (d *descriptor) newParent(f fsck.Finding, s *shot, only bool) {
 			want = fit[0].guid
 		}
 	}
-	if want == "" || !only || d.unsettled() {
+	if want == "" {
 		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
 		return
 	}
@@ -284,17 +222,6 @@ func (d *descriptor) newParent(f fsck.Finding, s *shot, only bool) {
 		why = ": no other snapshot is the base"
 	}
 	d.offer(f, fsck.Full, "set it to "+want+why+"; likely and not proved", nil, setText(d.b, s.n, "ParentGUID", want))
-}
-
-// standsOn reports whether a has b among its parents.
-func (d *descriptor) standsOn(a, b *shot) bool {
-	for n := 0; a != nil && n <= len(d.shots); n++ {
-		if a == b {
-			return true
-		}
-		a = d.shot(a.parent)
-	}
-	return false
 }
 
 // mayStandOn reports whether nothing that is known of the images speaks

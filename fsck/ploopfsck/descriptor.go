@@ -77,11 +77,14 @@ type descriptor struct {
 	shots            []*shot
 	snapshots        *node
 	topGUID          string
+	tree             tree
 
-	siblings []string // names of the files beside it, nil when not known
-	heads    map[string]*facts
-	edits    []edit
-	fresh    []byte // a new document, instead of edits
+	siblings  []string // names of the files beside it, nil when not known
+	isSibling map[string]bool
+	orphaned  *[]string // nil before they were looked for
+	heads     map[string]*facts
+	edits     []edit
+	fresh     []byte // a new document, instead of edits
 }
 
 // image is an Image element.
@@ -209,6 +212,7 @@ func (d *descriptor) root(root *node) {
 	d.store = storages[0]
 	d.readImages()
 	d.readShots(root.one("Snapshots"))
+	d.tree = newTree(d.images, d.shots, d.topGUID)
 	d.checkNumbers()
 	d.checkImages()
 	d.checkShots()
@@ -270,25 +274,6 @@ func (d *descriptor) readShots(s *node) {
 	}
 }
 
-// image returns the image of a GUID, nil without one.
-func (d *descriptor) image(guid string) *image {
-	for _, i := range d.images {
-		if guid != "" && i.guid == guid {
-			return i
-		}
-	}
-	return nil
-}
-
-func (d *descriptor) shot(guid string) *shot {
-	for _, s := range d.shots {
-		if guid != "" && s.guid == guid {
-			return s
-		}
-	}
-	return nil
-}
-
 // checkImages looks at the Image elements by themselves.
 func (d *descriptor) checkImages() {
 	guids, files := map[string]bool{}, map[string]int{}
@@ -319,14 +304,8 @@ func (d *descriptor) checkImages() {
 // without an image tells it.
 func (d *descriptor) wrongGUID(i *image) {
 	f := d.place(codeDescGUID, i.field+"/GUID", i.n.value("GUID"), "not a GUID")
-	lone := d.shotsAlone()
-	bad := 0
-	for _, other := range d.images {
-		if other.guid == "" {
-			bad++
-		}
-	}
-	if len(lone) != 1 || bad != 1 {
+	lone := d.tree.shotsAlone
+	if len(lone) != 1 || d.tree.badImages != 1 {
 		d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
 		return
 	}
@@ -337,18 +316,8 @@ func (d *descriptor) wrongGUID(i *image) {
 // disk, so that the others tell it, or the image itself.
 func (d *descriptor) wrongType(i *image) {
 	f := d.place(codeDescType, i.field+"/Type", i.typ, "neither Plain nor Compressed")
-	want := ""
-	for _, other := range d.images {
-		switch {
-		case other.typ != "Plain" && other.typ != "Compressed":
-		case want != "" && want != other.typ:
-			d.report(f.Code, f.Place.Field, f.Place.Value, f.Text)
-			return
-		default:
-			want = other.typ
-		}
-	}
-	if want == "" && len(d.images) == 1 && i.facts != nil && i.facts.sound {
+	want := d.tree.oneType
+	if d.tree.types == 0 && len(d.images) == 1 && i.facts != nil && i.facts.sound {
 		want = "Compressed"
 	}
 	if want == "" {
@@ -356,14 +325,4 @@ func (d *descriptor) wrongType(i *image) {
 		return
 	}
 	d.offer(f, fsck.Full, "set it to "+want, nil, setText(d.b, i.n, "Type", want))
-}
-
-// shotsAlone are the snapshots without an image.
-func (d *descriptor) shotsAlone() (out []*shot) {
-	for _, s := range d.shots {
-		if s.guid != "" && d.image(s.guid) == nil {
-			out = append(out, s)
-		}
-	}
-	return out
 }
