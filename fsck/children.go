@@ -45,23 +45,49 @@ func (s *Stack) hasParent(f StackFile) bool {
 				return true
 			}
 		}
-		parent := map[string]string{}
-		for _, snap := range d.Snapshots() {
-			parent[snap.ID] = snap.Parent
+		if s.parents[xml] == nil {
+			s.parents[xml] = parentsIn(xml, d)
 		}
-		for _, ref := range d.Images() {
-			if sameFile(resolveIn(xml, ref.File), f.Path) {
-				return parent[ref.GUID] != ""
-			}
-		}
-		return true
+		parent, ok := s.parents[xml][keyOf(f.Path)]
+		return parent || !ok
 	}
+	if s.parents[""] == nil {
+		s.parents[""] = s.parentsInChain()
+	}
+	parent, ok := s.parents[""][keyOf(f.Path)]
+	return parent || !ok
+}
+
+// parentsIn tells of each image of a descriptor whether it has a parent.
+func parentsIn(xml string, d *ploop.Descriptor) map[fileKey]bool {
+	parent := map[string]string{}
+	for _, snap := range d.Snapshots() {
+		parent[snap.ID] = snap.Parent
+	}
+	has := firsts{}
+	for _, ref := range d.Images() {
+		has.add(resolveIn(xml, ref.File), parent[ref.GUID] != "")
+	}
+	return has
+}
+
+// parentsInChain tells of each image of the chain whether it has a parent.
+func (s *Stack) parentsInChain() map[fileKey]bool {
+	has := firsts{}
 	for i, img := range s.trace.Images {
-		if sameFile(img.Path, f.Path) {
-			return i+1 < len(s.trace.Images) || s.trace.Err != nil
-		}
+		has.add(img.Path, i+1 < len(s.trace.Images) || s.trace.Err != nil)
 	}
-	return true
+	return has
+}
+
+// firsts keeps what was said first of each file that exists.
+type firsts map[fileKey]bool
+
+func (m firsts) add(path string, v bool) {
+	k := keyOf(path)
+	if _, ok := m[k]; !ok && k != (fileKey{}) {
+		m[k] = v
+	}
 }
 
 // maxSiblings bounds how many files of a directory are looked at.

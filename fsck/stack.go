@@ -73,6 +73,10 @@ type Stack struct {
 	trace *open.Trace
 	files []StackFile
 	desc  map[string]*ploop.Descriptor
+	// known are the files, so that a long chain is not asked for one by one.
+	known map[fileKey]bool
+	// parents tells of the images of a chain or descriptor whether they have one.
+	parents map[string]map[fileKey]bool
 	// wanted are the fixes that the last Check was asked for.
 	wanted []change
 }
@@ -85,7 +89,8 @@ func FindStack(ctx context.Context, path string, o open.Options) (*Stack, error)
 	if err != nil {
 		return nil, err
 	}
-	s := &Stack{path: path, o: o, trace: t, desc: map[string]*ploop.Descriptor{}}
+	s := &Stack{path: path, o: o, trace: t, desc: map[string]*ploop.Descriptor{},
+		known: map[fileKey]bool{}, parents: map[string]map[fileKey]bool{}}
 	if len(t.Images) == 0 && len(t.Descriptors) == 0 {
 		return nil, t.Err
 	}
@@ -94,6 +99,7 @@ func FindStack(ctx context.Context, path string, o open.Options) (*Stack, error)
 	}
 	bundle := namesBundle(path)
 	for i, xml := range t.Descriptors {
+		s.known[keyOf(xml)] = true
 		s.files = append(s.files, StackFile{Path: xml, Format: "ploop-descriptor", Own: bundle && i == 0})
 		if d, err := ploop.ReadDescriptor(xml); err == nil {
 			s.desc[xml] = d
@@ -116,11 +122,11 @@ func FindStack(ctx context.Context, path string, o open.Options) (*Stack, error)
 func (s *Stack) Files() []StackFile { return s.files }
 
 func (s *Stack) add(f StackFile) {
-	for _, have := range s.files {
-		if sameFile(have.Path, f.Path) {
-			return
-		}
+	k := keyOf(f.Path)
+	if k != (fileKey{}) && s.known[k] {
+		return
 	}
+	s.known[k] = true
 	s.files = append(s.files, f)
 }
 
