@@ -323,8 +323,11 @@ func (fs *FS) Open(cancel <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) f
 // Release has nothing to do: a handle has no state.
 func (fs *FS) Release(<-chan struct{}, *fuse.ReleaseIn) {}
 
-// Flush is close(2); nothing is buffered per handle.
-func (fs *FS) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.OK }
+// Flush is close(2). Nothing is buffered per handle, and ENOSYS tells the
+// kernel not to ask again: it waits for the answer where nothing can interrupt
+// it, and a process that only forks and executes another program would hang
+// with a server that hangs.
+func (fs *FS) Flush(<-chan struct{}, *fuse.FlushIn) fuse.Status { return fuse.ENOSYS }
 
 // OpenDir lets the kernel cache the listing.
 func (fs *FS) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
