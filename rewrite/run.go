@@ -276,6 +276,11 @@ func (j *job) compact(resume bool) error {
 		// The image was turned away as it is.
 		return errors.Join(err, j.t.record.remove())
 	}
+	if !resume && errors.Is(err, layers.ErrCorrupt) {
+		// Damage that was met on the way is for image-fsck, which frees what
+		// the run may have left as well; there is nothing to go on with.
+		return errors.Join(err, j.t.record.remove())
+	}
 	if e := j.finish(); err == nil {
 		err = e
 	}
