@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"syscall"
@@ -66,6 +65,7 @@ type compactBench struct {
 	dir     string
 	pairs   int
 	tools   string // directory of our binaries
+	timer   timer
 	cleanup *cleaner
 	say     func(string, ...any)
 }
@@ -76,6 +76,10 @@ func runCompact(ctx context.Context, o *options, dir string, cleanup *cleaner, s
 		return errors.New("the compact workload mounts filesystems: it needs root")
 	}
 	b := &compactBench{dir: dir, pairs: o.pairs, tools: filepath.Join(dir, "bin"), cleanup: cleanup, say: say}
+	var err error
+	if b.timer, err = newTimer(dir); err != nil {
+		return err
+	}
 	say("building image-compact and mount-image")
 	for _, tool := range []string{"image-compact", "mount-image"} {
 		if err := command(ctx, "go", "build", "-trimpath", "-buildvcs=false", "-o", filepath.Join(b.tools, tool), "github.com/imagestack/imagestack/cmd/"+tool); err != nil {
@@ -205,7 +209,7 @@ func (b *compactBench) ours(ctx context.Context, c compactCase, verify bool) (s 
 		return s, err
 	}
 	defer func() { err = errors.Join(err, remove()) }()
-	s, err = timed(ctx, filepath.Dir(path), filepath.Join(b.tools, "image-compact"), "--json", path)
+	s, err = b.timed(ctx, filepath.Dir(path), filepath.Join(b.tools, "image-compact"), "--json", path)
 	if err == nil {
 		err = s.sizes(path)
 	}
@@ -224,7 +228,7 @@ func (b *compactBench) convert(ctx context.Context, c compactCase, verify bool) 
 	out := path + ".new"
 	// Like image-compact's, the result is durable at the end.
 	script := `qemu-img convert -f "$1" -O "$1" "$2" "$3" && sync "$3"`
-	s, err = timed(ctx, filepath.Dir(path), "sh", "-c", script, "convert", c.Format, path, out)
+	s, err = b.timed(ctx, filepath.Dir(path), "sh", "-c", script, "convert", c.Format, path, out)
 	if err == nil {
 		err = s.sizes(out)
 	}
@@ -245,9 +249,8 @@ func (s *compactSample) sizes(path string) error {
 }
 
 // timed runs a command and watches the storage that dir takes meanwhile.
-func timed(ctx context.Context, dir, name string, args ...string) (s compactSample, err error) {
-	cmd := exec.CommandContext(ctx, name, args...)
-	detach(cmd)
+func (b *compactBench) timed(ctx context.Context, dir, name string, args ...string) (s compactSample, err error) {
+	cmd := b.timer.command(ctx, append([]string{name}, args...)...)
 	var said strings.Builder
 	cmd.Stderr = &said
 	before := storage(dir)
@@ -274,10 +277,8 @@ func timed(ctx context.Context, dir, name string, args ...string) (s compactSamp
 	if err != nil {
 		return s, fmt.Errorf("%s %s: %w: %s", filepath.Base(name), strings.Join(args, " "), err, lastLines(said.String(), 3))
 	}
-	if u, ok := cmd.ProcessState.SysUsage().(*syscall.Rusage); ok {
-		s.RSS = u.Maxrss << 10
-	}
-	return s, nil
+	s.RSS, err = b.timer.peak()
+	return s, err
 }
 
 // storage is what the files of a directory take, in bytes.

@@ -254,7 +254,7 @@ func (b *compactBench) largeDisk(ctx context.Context, quick bool) (*largeResult,
 	if err := errors.Join(err, unmount()); err != nil {
 		return nil, err
 	}
-	s, err := timed(ctx, work, filepath.Join(b.tools, "image-compact"), "--json", image)
+	s, err := b.timed(ctx, work, filepath.Join(b.tools, "image-compact"), "--json", image)
 	res.RSS, res.Seconds = s.RSS, s.Seconds
 	return res, err
 }

@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"time"
 )
@@ -61,7 +60,7 @@ type fsckResult struct {
 
 type fsckBench struct {
 	dir, tool string
-	timer     string // GNU time
+	timer     timer
 	pairs     int
 	say       func(string, ...any)
 }
@@ -70,10 +69,8 @@ type fsckBench struct {
 func runFsck(ctx context.Context, o *options, dir string, say func(string, ...any)) error {
 	b := &fsckBench{dir: dir, tool: filepath.Join(dir, "image-fsck"), pairs: o.pairs, say: say}
 	var err error
-	// A child's peak in getrusage(2) begins with what its parent had: so the
-	// parent has to be a small program, and not this one.
-	if b.timer, err = exec.LookPath("time"); err != nil {
-		return fmt.Errorf("%w; scripts/deps bench installs or names what is missing", err)
+	if b.timer, err = newTimer(dir); err != nil {
+		return err
 	}
 	say("building image-fsck")
 	if err := command(ctx, "env", "CGO_ENABLED=0", "go", "build", "-trimpath", "-buildvcs=false", "-o", b.tool, "github.com/imagestack/imagestack/cmd/image-fsck"); err != nil {
@@ -205,9 +202,7 @@ func (b *fsckBench) verdicts(ctx context.Context, r *fsckResult, img fsckImage) 
 // once runs a command and returns its time, its peak of memory and its exit
 // status.
 func (b *fsckBench) once(ctx context.Context, argv []string) (x fsckSample, code int, err error) {
-	figures := filepath.Join(b.dir, "figures")
-	cmd := exec.CommandContext(ctx, b.timer, append([]string{"-q", "-f", "%M", "-o", figures}, argv...)...)
-	detach(cmd)
+	cmd := b.timer.command(ctx, argv...)
 	var said bytes.Buffer
 	cmd.Stderr = &said
 	begin := time.Now()
@@ -221,12 +216,7 @@ func (b *fsckBench) once(ctx context.Context, argv []string) (x fsckSample, code
 	if err != nil {
 		return x, code, err
 	}
-	out, err := os.ReadFile(figures)
-	if err != nil {
-		return x, code, err
-	}
-	kib, err := strconv.ParseInt(strings.TrimSpace(string(out)), 10, 64)
-	x.RSS = kib << 10
+	x.RSS, err = b.timer.peak()
 	return x, code, err
 }
 
