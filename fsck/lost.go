@@ -44,16 +44,7 @@ func (d LostDir) Create(name string) (backend.File, error) {
 
 // Sync implements LostStore.
 func (d LostDir) Sync() error {
-	return errors.Join(SyncDir(string(d)), SyncDir(filepath.Dir(string(d))))
-}
-
-// SyncDir makes the names in a directory durable.
-func SyncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
+	return errors.Join(backend.SyncDir(string(d)), backend.SyncDir(filepath.Dir(string(d))))
 }
 
 // saveLost copies what the plan quarantines.

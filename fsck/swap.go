@@ -23,7 +23,7 @@ func (h *holder) swap(path string, content []byte) (backend.File, error) {
 	if err := p.CloseAtomicallyReplace(); err != nil {
 		return nil, err
 	}
-	if err := SyncDir(filepath.Dir(path)); err != nil {
+	if err := backend.SyncDir(filepath.Dir(path)); err != nil {
 		return nil, err
 	}
 	f, err := backend.Open(path, backend.Options{Writable: true})

@@ -63,7 +63,7 @@ func (u UndoPlace) Choose(path string, create func(name string) error) (string, 
 }
 
 // Sync implements UndoStore.
-func (UndoPlace) Sync(name string) error { return SyncDir(filepath.Dir(name)) }
+func (UndoPlace) Sync(name string) error { return backend.SyncDir(filepath.Dir(name)) }
 
 // Remove implements UndoStore.
 func (UndoPlace) Remove(name string) error { return os.Remove(name) }

@@ -96,7 +96,7 @@ func attachDirect(dir string, readOnly bool, o MountOptions) (int, error) {
 		return -1, fmt.Errorf("/dev/fuse: %w", err)
 	}
 	data := fmt.Sprintf("fd=%d,rootmode=%o,user_id=%d,group_id=%d,max_read=%d,default_permissions",
-		fd, st.Mode&unix.S_IFMT, os.Geteuid(), os.Getegid(), maxRequest)
+		fd, st.Mode&unix.S_IFMT, os.Geteuid(), os.Getegid(), MaxRequest)
 	if o.AllowOther {
 		data += ",allow_other"
 	}
@@ -118,7 +118,7 @@ func attachHelper(dir string, readOnly bool, o MountOptions) (int, error) {
 	if o.AllowOther {
 		options = append(options, "allow_other")
 	}
-	options = append(options, "fsname="+o.Source, "subtype="+Type, fmt.Sprintf("max_read=%d", maxRequest))
+	options = append(options, "fsname="+o.Source, "subtype="+Type, fmt.Sprintf("max_read=%d", MaxRequest))
 	escape := strings.NewReplacer(`\`, `\\`, ",", `\,`)
 	for i := range options {
 		options[i] = escape.Replace(options[i])

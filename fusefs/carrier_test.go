@@ -37,7 +37,7 @@ func TestRingsAreUsed(t *testing.T) {
 // TestRingsWithoutOffer: where the kernel does not offer it, /dev/fuse it is.
 func TestRingsWithoutOffer(t *testing.T) {
 	imgtest.RequireURing(t)
-	rings, err := uring.New(2, maxRequest)
+	rings, err := uring.New(2, MaxRequest)
 	if err != nil {
 		t.Fatal(err)
 	}

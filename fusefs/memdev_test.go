@@ -166,7 +166,7 @@ func mounted(t *testing.T, dev Device, o Options) (*Server, string) {
 	}
 	m := MountOptions{Source: "test"}
 	if overRings {
-		if m.Rings, err = uring.New(4, maxRequest); err != nil {
+		if m.Rings, err = uring.New(4, MaxRequest); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -21,8 +21,8 @@ import (
 // /proc/self/mountinfo).
 const Type = "mount-image"
 
-// maxRequest is the largest read or write, in bytes, that the kernel sends.
-const maxRequest = 1 << 20
+// MaxRequest is the largest read or write, in bytes, that the kernel sends.
+const MaxRequest = 1 << 20
 
 // readAhead is how far the kernel reads ahead of a sequential buffered reader,
 // when the rights suffice to set more than its 128 KiB.
@@ -108,7 +108,7 @@ func serverOptions(o MountOptions) *fuse.MountOptions {
 		AllowOther:    o.AllowOther,
 		FsName:        o.Source,
 		Name:          Type,
-		MaxWrite:      maxRequest,
+		MaxWrite:      MaxRequest,
 		MaxBackground: 64,
 		// Each part of a large direct I/O goes out at once, not one after
 		// the other.

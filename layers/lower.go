@@ -34,7 +34,7 @@ func (b lower) ReadAt(ctx context.Context, p []byte, off int64) error {
 	if off < 0 {
 		return fmt.Errorf("read below: %w", blockmap.ErrRange)
 	}
-	_, err := b.s.readMapped(ctx, b, p, off)
+	_, err := b.s.readMapped(ctx, b, p, off, false)
 	return err
 }
 

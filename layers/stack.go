@@ -193,7 +193,7 @@ func (s *Stack) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 		r := s.top.Readers()
 		defer r.Exit(r.Enter(off))
 	}
-	n, err := s.readMapped(ctx, s, p, off)
+	n, err := s.readMapped(ctx, s, p, off, false)
 	if err != nil {
 		return n, err
 	}
@@ -211,33 +211,16 @@ func (s *Stack) ReadCached(p []byte, off int64) bool {
 		r := s.top.Readers()
 		defer r.Exit(r.Enter(off))
 	}
-	room := extentRoom.Get().(*[roomExtents]blockmap.Extent)
-	defer extentRoom.Put(room)
-	for len(p) > 0 {
-		found, err := s.Lookup(context.Background(), off, int64(len(p)), room[:0])
-		if err != nil {
-			return false
-		}
-		for _, e := range found {
-			switch e.Kind {
-			case blockmap.Data:
-				if !backend.ReadCached(s.layers[e.Layer].Data(), p[:e.Len], e.Host) {
-					return false
-				}
-			case blockmap.Zero:
-				clear(p[:e.Len])
-			default:
-				return false // decompressing takes long
-			}
-			p, off = p[e.Len:], off+e.Len
-		}
-	}
-	return true
+	_, err := s.readMapped(context.Background(), s, p, off, true)
+	return err == nil
 }
 
+// errUncached ends a read that must not wait.
+var errUncached = errors.New("not in the page cache")
+
 // readMapped fills p from off on as the map m says, which is s or the part of
-// it under the editor.
-func (s *Stack) readMapped(ctx context.Context, m lookuper, p []byte, off int64) (int, error) {
+// it under the editor; with cached, from the host's page cache or not at all.
+func (s *Stack) readMapped(ctx context.Context, m lookuper, p []byte, off int64, cached bool) (int, error) {
 	room := extentRoom.Get().(*[roomExtents]blockmap.Extent)
 	defer extentRoom.Put(room)
 	done := 0
@@ -247,7 +230,7 @@ func (s *Stack) readMapped(ctx context.Context, m lookuper, p []byte, off int64)
 			return done, err
 		}
 		for _, e := range found {
-			if err := s.readExtent(ctx, e, p[done:done+int(e.Len)]); err != nil {
+			if err := s.readExtent(ctx, e, p[done:done+int(e.Len)], cached); err != nil {
 				return done, err
 			}
 			done += int(e.Len)
@@ -261,8 +244,15 @@ type lookuper interface {
 }
 
 // readExtent fills p, len(p) == e.Len, with the bytes of e.
-func (s *Stack) readExtent(ctx context.Context, e blockmap.Extent, p []byte) error {
+func (s *Stack) readExtent(ctx context.Context, e blockmap.Extent, p []byte, cached bool) error {
 	l := s.layers[e.Layer]
+	if cached && e.Kind != blockmap.Zero {
+		// Decompressing takes long.
+		if e.Kind != blockmap.Data || !backend.ReadCached(l.Data(), p, e.Host) {
+			return errUncached
+		}
+		return nil
+	}
 	switch e.Kind {
 	case blockmap.Data:
 		n, err := l.Data().ReadAt(p, e.Host)

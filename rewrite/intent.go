@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/backend"
 )
 
 // recordSuffix is appended to the name of the image file.
@@ -105,7 +107,7 @@ func (p fileRecord) save(r record) (err error) {
 	if err = os.Rename(f.Name(), string(p)); err != nil {
 		return err
 	}
-	return syncDir(dir)
+	return backend.SyncDir(dir)
 }
 
 func (p fileRecord) remove() error {
@@ -113,15 +115,7 @@ func (p fileRecord) remove() error {
 	if err := unix.Unlink(string(p)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return &fs.PathError{Op: "remove", Path: string(p), Err: err}
 	}
-	return syncDir(filepath.Dir(string(p)))
-}
-
-func syncDir(dir string) error {
-	d, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
+	return backend.SyncDir(filepath.Dir(string(p)))
 }
 
 // noRecord keeps nothing.

@@ -68,7 +68,7 @@ func (r *run) copyTo(ctx context.Context) (_ *rewrite.Report, err error) {
 		return report, errors.Join(err, abandoned, remove(part))
 	}
 	report.Image = r.To
-	return report, syncDir(filepath.Dir(r.To))
+	return report, backend.SyncDir(filepath.Dir(r.To))
 }
 
 // renameNew is a rename that replaces nothing.
@@ -206,13 +206,4 @@ func directories(paths []string) ([]string, error) {
 		}
 	}
 	return dirs, nil
-}
-
-// syncDir makes the names in dir durable.
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
 }

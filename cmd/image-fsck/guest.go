@@ -59,7 +59,7 @@ func (r *run) guest(ctx context.Context) (err error) {
 		if r.top, err = emptyTop(path); err != nil {
 			return err
 		}
-	} else if o.ScratchFile, err = open.NewScratchFile(""); err != nil {
+	} else if o.ScratchFile, err = open.NewScratchFile(path, o); err != nil {
 		return err
 	}
 	if err := r.isolate(false); err != nil {

@@ -32,11 +32,6 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 			srv.log.SetOutput(io.MultiWriter(os.Stderr, w))
 		}
 	}
-	if s.open.Flat {
-		if s.open.ScratchDir, err = homeOf(image); err != nil {
-			return err
-		}
-	}
 	if err := srv.makeRings(); err != nil {
 		return err
 	}
@@ -48,7 +43,7 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 		return err
 	}
 	if s.open.Scratch || s.open.Flat {
-		if s.open.ScratchFile, err = open.NewScratchFile(s.open.ScratchDir); err != nil {
+		if s.open.ScratchFile, err = open.NewScratchFile(s.image, s.open); err != nil {
 			return err
 		}
 	}
@@ -71,19 +66,6 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
 	}
 	return nil
-}
-
-// homeOf is the directory in which a file can share the storage of the image.
-func homeOf(image string) (string, error) {
-	real, err := filepath.EvalSymlinks(image)
-	if err != nil {
-		return "", err
-	}
-	st, err := os.Stat(real)
-	if err != nil || st.IsDir() {
-		return real, err
-	}
-	return filepath.Dir(real), nil
 }
 
 // attach mounts. An isolated server gives up opening files with it. The file

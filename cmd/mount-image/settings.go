@@ -86,21 +86,12 @@ func newSettings(f *flags) (*settings, error) {
 	if err := s.isolation(f, &o); err != nil {
 		return nil, err
 	}
-	if s.passthrough = f.Passthrough; o.Passthrough != "" {
-		s.passthrough = passthrough(o.Passthrough)
+	var err error
+	if s.passthrough, err = oneOf("passthrough", f.Passthrough, o.Passthrough, throughAuto, throughOn, throughOff); err != nil {
+		return nil, err
 	}
-	if s.transport = f.Transport; o.Transport != "" {
-		s.transport = transport(o.Transport)
-	}
-	switch s.transport {
-	case transportAuto, transportDev, transportURing:
-	default:
-		return nil, fmt.Errorf("transport %q: want auto, dev or uring", s.transport)
-	}
-	switch s.passthrough {
-	case throughAuto, throughOn, throughOff:
-	default:
-		return nil, fmt.Errorf("passthrough %q: want auto, on or off", s.passthrough)
+	if s.transport, err = oneOf("transport", f.Transport, o.Transport, transportAuto, transportDev, transportURing); err != nil {
+		return nil, err
 	}
 	if o.AllowOther {
 		s.umask = 0o022
@@ -130,14 +121,8 @@ func newSettings(f *flags) (*settings, error) {
 
 // isolation understands --sandbox and --uid.
 func (s *settings) isolation(f *flags, o *mountopt.Options) (err error) {
-	s.sandbox = f.Sandbox
-	if o.Sandbox != "" {
-		s.sandbox = sandbox.Mode(o.Sandbox)
-	}
-	switch s.sandbox {
-	case sandbox.Auto, sandbox.Require, sandbox.Off:
-	default:
-		return fmt.Errorf("sandbox %q: want auto, require or off", s.sandbox)
+	if s.sandbox, err = oneOf("sandbox", f.Sandbox, o.Sandbox, sandbox.Auto, sandbox.Require, sandbox.Off); err != nil {
+		return err
 	}
 	name := f.UID
 	if o.RunAs != "" {
@@ -153,4 +138,17 @@ func (s *settings) isolation(f *flags, o *mountopt.Options) (err error) {
 		err = errors.New("only root can run the server as another user")
 	}
 	return err
+}
+
+// oneOf is what a flag says, or an option of -o in its place, if it is one of
+// three words.
+func oneOf[T ~string](name string, flag T, option string, a, b, c T) (T, error) {
+	v := flag
+	if option != "" {
+		v = T(option)
+	}
+	if v != a && v != b && v != c {
+		return v, fmt.Errorf("%s %q: want %s, %s or %s", name, v, a, b, c)
+	}
+	return v, nil
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"github.com/imagestack/imagestack/fusefs"
 	"github.com/imagestack/imagestack/fusefs/uring"
 	"github.com/imagestack/imagestack/internal/cli"
 )
@@ -14,11 +15,8 @@ const (
 	transportURing transport = "uring" // over io_uring, or fail
 )
 
-// Places for requests under way, of each processor, and the largest request.
-const (
-	ringDepth   = 16
-	ringPayload = 1 << 20
-)
+// ringDepth is how many requests of each processor can be under way.
+const ringDepth = 16
 
 // makeRings makes the rings for requests over io_uring, if that is wanted,
 // while the server still may.
@@ -29,7 +27,7 @@ func (srv *server) makeRings() error {
 	}
 	err := uring.Available()
 	if err == nil {
-		srv.rings, err = uring.New(ringDepth, ringPayload)
+		srv.rings, err = uring.New(ringDepth, fusefs.MaxRequest)
 	}
 	switch {
 	case err == nil:

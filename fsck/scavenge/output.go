@@ -281,7 +281,7 @@ func (j *job) writeNew(ctx context.Context, order []int32) (err error) {
 		return fmt.Errorf("%s: %w", j.name, err)
 	}
 	j.rep.New = j.name
-	return fsck.SyncDir(filepath.Dir(j.name))
+	return backend.SyncDir(filepath.Dir(j.name))
 }
 
 // parent tells whether something may lie under the image.
@@ -439,7 +439,7 @@ func (l *lostAndFound) close() error {
 	if l.list == nil {
 		return nil
 	}
-	return errors.Join(l.w.Flush(), l.list.Sync(), l.list.Close(), fsck.SyncDir(l.dir), fsck.SyncDir(filepath.Dir(l.dir)))
+	return errors.Join(l.w.Flush(), l.list.Sync(), l.list.Close(), backend.SyncDir(l.dir), backend.SyncDir(filepath.Dir(l.dir)))
 }
 
 func (l *lostAndFound) remove() error {

@@ -67,6 +67,12 @@ func realPath(path string) (string, error) {
 	return filepath.Abs(real)
 }
 
-// NewScratchFile makes the file of a throw-away layer in dir ("" for
-// os.TempDir()), for Options.ScratchFile. It is gone when it is closed.
-func NewScratchFile(dir string) (backend.File, error) { return scratchFile(dir) }
+// NewScratchFile makes the file that Open would make for Options.Scratch or
+// Options.Flat, for Options.ScratchFile. It is gone when it is closed.
+func NewScratchFile(path string, o Options) (backend.File, error) {
+	dir, err := scratchDir(path, o)
+	if err != nil {
+		return nil, err
+	}
+	return scratchFile(dir)
+}

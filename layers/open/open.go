@@ -36,7 +36,8 @@ type Options struct {
 	// Scratch makes the stack writable into a throw-away layer on top; the
 	// image itself is opened for reading only. It wins over Writable.
 	Scratch bool
-	// ScratchDir is where the throw-away layer lives, "" for os.TempDir().
+	// ScratchDir is where the throw-away layer lives, "" for os.TempDir(), and
+	// for the directory of the image with Flat.
 	ScratchDir string
 	// ScratchFile, if not nil, is the file of the throw-away layer; a
 	// successful Open takes it over.
@@ -114,6 +115,7 @@ func openStack(ctx context.Context, path string, o Options) (_ *layers.Stack, _ 
 // opener collects the layers of one stack.
 type opener struct {
 	ctx    context.Context // of the one call of Open that the opener serves
+	path   string          // the image named
 	o      Options
 	policy *policy
 	cache  *layers.Cache
@@ -152,7 +154,8 @@ func newOpener(ctx context.Context, path string, o Options) (*opener, error) {
 		return nil, err
 	}
 	return &opener{
-		ctx: ctx, o: o, policy: p,
+		path: path,
+		ctx:  ctx, o: o, policy: p,
 		cache: layers.NewCache(size),
 		seen:  map[fileID]string{},
 	}, nil

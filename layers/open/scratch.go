@@ -2,6 +2,7 @@ package open
 
 import (
 	"os"
+	"path/filepath"
 
 	"golang.org/x/sys/unix"
 
@@ -50,15 +51,33 @@ func (op *opener) scratchFile() (f backend.File, own bool, err error) {
 	if op.o.ScratchFile != nil {
 		return op.o.ScratchFile, false, nil
 	}
-	f, err = scratchFile(op.o.ScratchDir)
+	f, err = NewScratchFile(op.path, op.o)
 	return f, true, err
+}
+
+// scratchDir is where the throw-away layer, or the flat view, of the image at
+// path lives: a flat view beside the image, with which it can share storage
+// there.
+func scratchDir(path string, o Options) (string, error) {
+	switch {
+	case o.ScratchDir != "":
+		return o.ScratchDir, nil
+	case !o.Flat:
+		return os.TempDir(), nil
+	}
+	real, err := realPath(path)
+	if err != nil {
+		return "", err
+	}
+	st, err := os.Stat(real)
+	if err != nil || st.IsDir() {
+		return real, err
+	}
+	return filepath.Dir(real), nil
 }
 
 // scratchFile is a file without a name.
 func scratchFile(dir string) (backend.File, error) {
-	if dir == "" {
-		dir = os.TempDir()
-	}
 	fd, err := unix.Open(dir, unix.O_TMPFILE|unix.O_RDWR|unix.O_CLOEXEC, 0o600)
 	var f *os.File
 	if err == nil {

@@ -63,16 +63,7 @@ func (d *Descriptor) Store(name string) error {
 	if err := renameio.WriteFile(name, b, 0o644, renameio.WithTempDir(dir)); err != nil {
 		return err
 	}
-	return syncDir(dir)
-}
-
-// syncDir makes the names in dir durable.
-func syncDir(dir string) error {
-	f, err := os.Open(dir)
-	if err != nil {
-		return err
-	}
-	return errors.Join(f.Sync(), f.Close())
+	return backend.SyncDir(dir)
 }
 
 // CreateBundle makes a bundle of one empty image in the existing directory
@@ -102,7 +93,7 @@ func CreateBundle(ctx context.Context, dir string, o CreateOptions) (err error) 
 	err = Create(ctx, f, o)
 	if err == nil {
 		// The image's name is durable before that of what names it.
-		err = syncDir(dir)
+		err = backend.SyncDir(dir)
 	}
 	if err == nil {
 		err = d.Store(name)
