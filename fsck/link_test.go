@@ -140,6 +140,67 @@ func TestChangeLinkCutShort(t *testing.T) {
 	}
 }
 
+// TestInsertFormatCutShort: a format comes to where none was stated. Whatever
+// a power cut leaves has a header that can be read, with the old name or the
+// new one, and all other extensions; the repair can be made again from there.
+func TestInsertFormatCutShort(t *testing.T) {
+	sound := linked(t, qcow2.CreateOptions{BackingFile: "was/base.qcow2", BackingFormat: "qcow2"})
+	l, err := readLink(backend.NewMemBytes("image", sound))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// As QEMU does it: a table of names up to the end of the first sector, and
+	// the name of the parent right behind it.
+	table := linkExt{0x6803f857, bytes.Repeat([]byte{1}, 512-8-8-l.start)}
+	for _, gap := range []int{0, 8, 100} {
+		b := bytes.Clone(sound)
+		clear(b[l.start:l.cluster])
+		n := l.start + copy(b[l.start:], table.marshal(nil)) + 8 // the mark
+		if n != 512 {
+			t.Fatalf("the mark ends at %d", n)
+		}
+		n += gap
+		copy(b[n:], "was/base.qcow2")
+		binary.BigEndian.PutUint64(b[linkOffName:], uint64(n))
+		for _, c := range []change{{name: "was/base.qcow2", format: "qcow2"}, {name: "new.raw", format: "raw"}, {name: strings.Repeat("x", 900), format: "parallels"}} {
+			changeLink(t, b, c)
+			rec := backend.NewRecorder()
+			f, err := rec.Wrap(backend.NewMemBytes("image", b))
+			if err != nil {
+				t.Fatal(err)
+			}
+			before, err := readLink(f)
+			if err != nil {
+				t.Fatal(err)
+			}
+			c.old = before.head
+			if _, err := c.make(t.Context(), f, ExecuteOptions{Undo: backend.NewMem("undo"), Name: "image"}); err != nil {
+				t.Fatal(err)
+			}
+			seen := map[string]int{}
+			for s := range rec.States(backend.StateOptions{Exhaustive: 6, Random: 50, MaxPerEpoch: 60}) {
+				n, err := readLink(s.Files[0])
+				switch {
+				case err != nil:
+					t.Fatalf("gap %d, %.10s: %s: %v", gap, c.name, s, err)
+				case !slices.Equal(n.others(), before.others()):
+					t.Fatalf("gap %d, %.10s: %s: other extensions", gap, c.name, s)
+				case n.name == c.name && n.format == c.format:
+					seen["new"]++
+				case n.format == "" && (n.name == c.name || n.name == before.name):
+					seen["old"]++
+					changeLink(t, s.Files[0].Bytes(), change{name: c.name, format: c.format})
+				default:
+					t.Fatalf("gap %d, %.10s: %s: %q %q", gap, c.name, s, n.name, n.format)
+				}
+			}
+			if seen["old"] < 3 || seen["new"] < 1 {
+				t.Errorf("too few states: %v", seen)
+			}
+		}
+	}
+}
+
 func FuzzLink(f *testing.F) {
 	f.Add(linked(f, qcow2.CreateOptions{BackingFile: "was/base.qcow2", BackingFormat: "qcow2"})[:600], "new", "raw")
 	f.Add(linked(f, qcow2.CreateOptions{BackingFile: "b", BackingFormat: "raw", ClusterSize: 512})[:600], strings.Repeat("x", 300), "")

@@ -113,18 +113,26 @@ func (l *link) readExts(end int) error {
 	return nil
 }
 
+// marshal appends the extension to b, whose length is a multiple of 8.
+func (e linkExt) marshal(b []byte) []byte {
+	b = binary.BigEndian.AppendUint32(b, e.typ)
+	b = binary.BigEndian.AppendUint32(b, uint32(len(e.data)))
+	b = append(b, e.data...)
+	return append(b, make([]byte, -len(b)&7)...)
+}
+
+// states reports whether there is an extension for the format.
+func (l *link) states() bool {
+	return slices.ContainsFunc(l.exts, func(e linkExt) bool { return e.typ == linkExtFormat })
+}
+
 // extensions is the area as it is with another format, "" for none.
 func (l *link) extensions(format string) []byte {
 	var b []byte
-	add := func(e linkExt) {
-		b = binary.BigEndian.AppendUint32(b, e.typ)
-		b = binary.BigEndian.AppendUint32(b, uint32(len(e.data)))
-		b = append(b, e.data...)
-		b = append(b, make([]byte, -len(b)&7)...)
-	}
+	add := func(e linkExt) { b = e.marshal(b) }
 	stated := linkExt{linkExtFormat, []byte(format)}
 	done := format == ""
-	if !slices.ContainsFunc(l.exts, func(e linkExt) bool { return e.typ == linkExtFormat }) && !done {
+	if !l.states() && !done {
 		add(stated)
 		done = true
 	}
@@ -150,10 +158,14 @@ type change struct {
 // plan enters the new name and format. The name comes to a place where nothing
 // is, before the fields show it, which are in one sector: a power cut leaves
 // the old name or the new one. So it is with a format that takes the place of
-// one of the same length (in units of 8), as raw and qcow2 do. A longer one
-// shifts the extensions behind it: what a power cut leaves of that may have to
-// be taken back with the undo file.
+// one of the same length (in units of 8), as raw and qcow2 do, and with one
+// where none was, see insert. One that is longer than what it replaces shifts
+// the extensions behind it: what a power cut leaves of that may have to be
+// taken back with the undo file.
 func (c *change) plan(l *link, p *Plan) error {
+	if done, err := c.insert(l, p); done || err != nil {
+		return err
+	}
 	exts := l.extensions(c.format)
 	if c.name == "" && l.marked {
 		exts = l.head[l.start:l.extEnd] // a format without a name says nothing
@@ -185,6 +197,42 @@ func (c *change) plan(l *link, p *Plan) error {
 		}
 	}
 	return p.Write(PhaseHeader, linkOffName, ref)
+}
+
+// insert enters a format where none is stated, as the last extension, in steps
+// of which each leaves a sound header: the name moves out of the way, the
+// content of the extension and a new mark of the end come behind the old mark,
+// where nobody reads, and then the old mark, 8 bytes of one sector, becomes the
+// head of the extension. It reports false when that cannot be done so.
+func (c *change) insert(l *link, p *Plan) (done bool, err error) {
+	if c.name == "" || c.format == "" || !l.marked || l.states() || len(c.name) > linkMaxName {
+		return false, nil
+	}
+	mark := l.extEnd - 8
+	ext := append(linkExt{linkExtFormat, []byte(c.format)}.marshal(nil), make([]byte, 8)...)
+	at := mark + len(ext)
+	stays := c.name == l.name && l.nameOff >= at
+	if at < l.nameOff+len(l.name) && l.nameOff < at+len(c.name) {
+		at = l.nameOff + len(l.name) // behind the name that still counts
+	}
+	if !stays && at+len(c.name) > l.cluster {
+		return false, nil
+	}
+	if !stays {
+		ref := make([]byte, 12)
+		binary.BigEndian.PutUint64(ref, uint64(at))
+		binary.BigEndian.PutUint32(ref[8:], uint32(len(c.name)))
+		if err := p.Write(PhaseNew, int64(at), []byte(c.name)); err != nil {
+			return false, err
+		}
+		if err := p.Write(PhaseCounts, linkOffName, ref); err != nil {
+			return false, err
+		}
+	}
+	if err := p.Write(PhaseMap, int64(mark+8), ext[8:]); err != nil {
+		return false, err
+	}
+	return true, p.Write(PhaseHeader, int64(mark), ext[:8])
 }
 
 // make makes the change, behind an undo file.
