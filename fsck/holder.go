@@ -33,7 +33,7 @@ func (h *holder) undoFor(path string, undos UndoStore) (*openUndo, error) {
 	if u := h.undo[key]; u != nil {
 		return u, nil
 	}
-	f, name, err := undos.Create(path)
+	f, name, err := undos.Create(path, len(h.undo) > 0)
 	if err != nil {
 		return nil, err
 	}

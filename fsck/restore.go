@@ -203,7 +203,7 @@ func RestoreFile(ctx context.Context, path, dump string, o RunOptions) (_ *Resto
 		return r, "", nil
 	}
 	undos := o.undos()
-	uf, undo, err := undos.Create(path)
+	uf, undo, err := undos.Create(path, false)
 	if err != nil {
 		return r, "", err
 	}

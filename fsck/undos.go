@@ -14,21 +14,23 @@ import (
 type UndoStore interface {
 	// Create makes the undo file for the image at path, and returns it with
 	// its name. It never overwrites one: an undo file is removed by the user
-	// only.
-	Create(path string) (backend.File, string, error)
+	// only. further says that it is not the first of this run.
+	Create(path string, further bool) (backend.File, string, error)
 	// Sync makes the name durable.
 	Sync(name string) error
 	// Remove removes one that turned out not to be needed.
 	Remove(name string) error
 }
 
-// UndoPlace is an UndoStore: one file, or a directory for several; "" is
-// beside each image, with .undo (.undo.1, …) added to its name.
+// UndoPlace is an UndoStore: a file, or a directory for several; "" is beside
+// each image, with .undo (.undo.1, …) added to its name. A file is that of the
+// first file that a run repairs; where it repairs several files of one image,
+// those of the others have .1, .2, … added.
 type UndoPlace string
 
 // Create implements UndoStore.
-func (u UndoPlace) Create(path string) (f backend.File, name string, err error) {
-	name, err = u.Choose(path, func(name string) (err error) {
+func (u UndoPlace) Create(path string, further bool) (f backend.File, name string, err error) {
+	name, err = u.Choose(path, further, func(name string) (err error) {
 		f, err = backend.Open(name, backend.Options{Writable: true, Create: true, Exclusive: true})
 		return err
 	})
@@ -36,8 +38,9 @@ func (u UndoPlace) Create(path string) (f backend.File, name string, err error) 
 }
 
 // Choose finds the name of the undo file for the image at path. It calls
-// create with one name after the other until there was no such file.
-func (u UndoPlace) Choose(path string, create func(name string) error) (string, error) {
+// create with one name after the other until there was no such file. further
+// is that of Create.
+func (u UndoPlace) Choose(path string, further bool, create func(name string) error) (string, error) {
 	where := string(u)
 	named := where != ""
 	if st, err := os.Stat(where); named && err == nil && st.IsDir() {
@@ -56,7 +59,7 @@ func (u UndoPlace) Choose(path string, create func(name string) error) (string, 
 			return name, nil
 		case !errors.Is(err, fs.ErrExist) || i == 1000:
 			return "", fmt.Errorf("undo file: %w (--undo names another place)", err)
-		case named:
+		case named && !further:
 			return "", fmt.Errorf("undo file: %w: it belongs to an earlier repair", err)
 		}
 	}

@@ -176,7 +176,7 @@ func (a *assistant) undo(path string) (string, int, error) {
 		return "", -1, errors.New("no undo files are to be made")
 	}
 	fd := -1
-	name, err := fsck.UndoPlace(*a.Undo).Choose(a.undoFor(path), func(name string) (err error) {
+	name, err := fsck.UndoPlace(*a.Undo).Choose(a.undoFor(path), len(a.undos) > 0, func(name string) (err error) {
 		fd, err = unix.Open(name, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL|unix.O_CLOEXEC, 0o666)
 		return pathError(name, err)
 	})

@@ -160,10 +160,10 @@ func (r *run) undoStore() fsck.UndoStore {
 	return fsck.UndoPlace(r.Undo)
 }
 
-// keptUndos are undo files that the keeper makes.
+// keptUndos are undo files that the keeper makes, which counts them itself.
 type keptUndos struct{ k *keeper.Keeper }
 
-func (u keptUndos) Create(path string) (backend.File, string, error) {
+func (u keptUndos) Create(path string, _ bool) (backend.File, string, error) {
 	var name string
 	fd, err := u.k.AskFile(context.Background(), assistRequest{Act: actUndo, Name: path}, &name, -1)
 	if err != nil {
