@@ -208,7 +208,14 @@ func (p *Plan) saveUndo(ctx context.Context, o ExecuteOptions) (err error) {
 	old, buf := make([]byte, undoBlock), make([]byte, undoBlock)
 	err = eachBlock(ctx, p.touched(allPhases...), p.old, func(off, n int64) error {
 		r := undoRecord{off: off, n: n, data: old[:n]}
-		if err := p.readOld(r.data, off); err != nil {
+		data, err := holes.next(off)
+		if err != nil {
+			return err
+		}
+		if r.hole = data >= off+n; r.hole {
+			// Before the cost of reading: terabytes of it may be cut off.
+			clear(r.data)
+		} else if err := p.readOld(r.data, off); err != nil {
 			return err
 		}
 		b := buf[:n]
@@ -223,18 +230,16 @@ func (p *Plan) saveUndo(ctx context.Context, o ExecuteOptions) (err error) {
 			if ph >= PhaseFree && p.size < off+n {
 				clear(b[max(0, p.size-off):])
 			}
+			if r.hole && isZero(b) {
+				// It is as it was before: the list would say nothing.
+				continue
+			}
 			for i := 0; i < len(b); i += sector {
 				r.crcs = append(r.crcs, crcOf(b[i:min(i+sector, len(b))]))
 			}
 		}
-		if isZero(r.data) {
-			hole, err := holes.is(off, n)
-			if err != nil {
-				return err
-			}
-			if hole {
-				r.hole, r.data = true, nil
-			}
+		if r.hole {
+			r.data = nil
 		}
 		return w.record(&r)
 	})
@@ -291,8 +296,7 @@ func (w *undoWriter) flush() error {
 	return err
 }
 
-// holeFinder tells holes of a file, asked in ascending order, from zeros that
-// are stored.
+// holeFinder finds the holes of a file, asked mostly in ascending order.
 type holeFinder struct {
 	f     backend.File
 	from  int64
@@ -300,8 +304,10 @@ type holeFinder struct {
 	known bool
 }
 
-func (h *holeFinder) is(off, n int64) (bool, error) {
-	if !h.known || off < h.from || off >= h.data {
+// next is where the first data at off or behind it begins; far behind the end
+// when there is none. A file that cannot tell is all data.
+func (h *holeFinder) next(off int64) (int64, error) {
+	if !h.known || off < h.from || off > h.data {
 		at, err := h.f.SeekData(off)
 		switch {
 		case errors.Is(err, io.EOF):
@@ -309,11 +315,11 @@ func (h *holeFinder) is(off, n int64) (bool, error) {
 		case errors.Is(err, errors.ErrUnsupported):
 			at = off
 		case err != nil:
-			return false, err
+			return 0, err
 		}
 		h.from, h.data, h.known = off, at, true
 	}
-	return off+n <= h.data, nil
+	return max(off, h.data), nil
 }
 
 // doPhase makes the changes of one phase durable.

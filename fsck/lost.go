@@ -1,11 +1,9 @@
 package fsck
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -47,9 +45,20 @@ func (d LostDir) Sync() error {
 	return errors.Join(backend.SyncDir(string(d)), backend.SyncDir(filepath.Dir(string(d))))
 }
 
+// Bounds of the pieces that have files of their own, for a plan: entries of a
+// hostile image may name the same bytes again and again.
+const (
+	maxLostFiles = 4096
+	maxLostTimes = 2 // their lengths together, in lengths of the image
+)
+
+// LostRest is the name of the file with what is more than that: all of it is at
+// the offsets that it has in the image, with holes between.
+const LostRest = "more.at-host-offsets"
+
 // saveLost copies what the plan quarantines.
 func (p *Plan) saveLost(ctx context.Context, store LostStore) error {
-	if len(p.lost) == 0 {
+	if len(p.lost) == 0 && p.lostRest.Len() == 0 {
 		return nil
 	}
 	if store == nil {
@@ -59,37 +68,76 @@ func (p *Plan) saveLost(ctx context.Context, store LostStore) error {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
-		if err := p.saveOne(store, l); err != nil {
-			return fmt.Errorf("lost+found: %w", err)
+		err := inLost(store, l.Name(), func(f backend.File) error {
+			if l.Bytes != nil {
+				_, err := f.WriteAt(l.Bytes, 0)
+				return err
+			}
+			return p.copyLost(ctx, f, 0, l.Host, l.Len)
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if p.lostRest.Len() > 0 {
+		err := inLost(store, LostRest, func(f backend.File) error {
+			for r := range p.lostRest.Ranges() {
+				if err := p.copyLost(ctx, f, r.Off, r.Off, r.Len); err != nil {
+					return err
+				}
+			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return store.Sync()
 }
 
-func (p *Plan) saveOne(store LostStore, l Lost) (err error) {
-	f, err := store.Create(l.Name())
+// inLost makes a file and fills it.
+func inLost(store LostStore, name string, fill func(backend.File) error) error {
+	f, err := store.Create(name)
 	if err != nil {
-		return err
+		return fmt.Errorf("lost+found: %w", err)
 	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	var src io.Reader = bytes.NewReader(l.Bytes)
-	if l.Bytes == nil {
-		src = io.NewSectionReader(p.f, l.Host, l.Len)
+	if err := fill(f); err != nil {
+		return errors.Join(fmt.Errorf("lost+found: %w", err), f.Close())
 	}
-	buf := make([]byte, 64<<10)
-	for at := int64(0); ; {
-		n, err := io.ReadFull(src, buf)
-		if n > 0 {
-			if _, err := f.WriteAt(buf[:n], at); err != nil {
-				return err
-			}
-			at += int64(n)
+	if err := errors.Join(f.Sync(), f.Close()); err != nil {
+		return fmt.Errorf("lost+found: %w", err)
+	}
+	return nil
+}
+
+// copyLost copies n bytes of the image at host to f at dst, holes as holes.
+// What the image does not have any more, because it ends, is left out.
+func (p *Plan) copyLost(ctx context.Context, f backend.File, dst, host, n int64) error {
+	n = min(n, p.old-host)
+	if n <= 0 {
+		return nil
+	}
+	buf := make([]byte, min(n, undoBlock))
+	holes := holeFinder{f: p.f}
+	for at := int64(0); at < n; {
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
 		}
-		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-			return f.Sync()
-		}
+		data, err := holes.next(host + at)
 		if err != nil {
 			return err
 		}
+		if at = max(at, data-host); at >= n {
+			break
+		}
+		b := buf[:min(n-at, undoBlock)]
+		if err := p.readOld(b, host+at); err != nil {
+			return err
+		}
+		if _, err := f.WriteAt(b, dst+at); err != nil {
+			return err
+		}
+		at += int64(len(b))
 	}
+	return f.Truncate(dst + n)
 }

@@ -82,6 +82,10 @@ type Plan struct {
 	copies []copyOp                // sorted by dst
 	whole  bool                    // Replace was called
 	lost   []Lost
+	// lostBytes are the lengths of lost together, lostRest the places in the
+	// file of what came when that was enough.
+	lostBytes int64
+	lostRest  blockmap.Set
 }
 
 type copyOp struct{ dst, src, n int64 }
@@ -131,7 +135,7 @@ func (p *Plan) Close() error {
 func (p *Plan) Empty() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.size != p.old || len(p.copies) > 0 || !p.pages.empty() || p.punch.Len() > 0 || len(p.lost) > 0 {
+	if p.size != p.old || len(p.copies) > 0 || !p.pages.empty() || p.punch.Len() > 0 || len(p.lost) > 0 || p.lostRest.Len() > 0 {
 		return false
 	}
 	for i := range p.zeros {
@@ -265,13 +269,24 @@ func (p *Plan) Replace(b []byte) error {
 }
 
 // Quarantine keeps content for the lost+found directory, from where it is now.
+// Of very many pieces, or pieces that are longer together than makes sense, the
+// rest come into one file (LostRest).
 func (p *Plan) Quarantine(l Lost) error {
 	if l.Bytes == nil && (l.Host < 0 || l.Len <= 0 || l.Len > math.MaxInt64-l.Host) {
 		return fmt.Errorf("%w: quarantine of %d bytes at %d", ErrPlan, l.Len, l.Host)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	n := l.Len
+	if l.Bytes != nil {
+		n = int64(len(l.Bytes))
+	}
+	if l.Bytes == nil && (len(p.lost) >= maxLostFiles || p.lostBytes > 0 && n > maxLostTimes*p.old-p.lostBytes) {
+		p.lostRest.Add(l.Host, n)
+		return nil
+	}
 	p.lost = append(p.lost, l)
+	p.lostBytes += n
 	return nil
 }
 
