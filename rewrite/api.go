@@ -16,6 +16,9 @@ type Options struct {
 	Open open.Options
 	// Layer is the layer to work on, 0 is the top.
 	Layer int
+	// ChildDirs are further directories in which images are looked for that
+	// stand on the layer; its own is always looked at.
+	ChildDirs []string
 	// Guest drops what the guest's filesystems do not use. It must not be set
 	// for the disk of a guest that is suspended: its memory may know more.
 	Guest bool
@@ -101,6 +104,9 @@ type Report struct {
 	Guest []guestfs.Area `json:"-"`
 	// Notes are what the user should know: features that limit the result.
 	Notes []string `json:"notes,omitempty"`
+	// Pending tells that the run was interrupted or failed and has left its
+	// record: Resume or Abandon it.
+	Pending bool `json:"-"`
 	// Resumed tells that the run continued an interrupted one.
 	Resumed bool `json:"resumed,omitempty"`
 }

@@ -33,7 +33,7 @@ type record struct {
 }
 
 func newRecord(image string, o *Options) record {
-	return record{Version: 1, Image: filepath.Base(image), Layer: o.Layer,
+	return record{Version: 1, Image: image, Layer: o.Layer,
 		Guest: o.Guest, Gaps: o.Gaps, Swap: o.Swap, Keep: o.KeepZeros, Dedup: o.DedupParent}
 }
 
@@ -57,7 +57,8 @@ type fileRecord string
 
 func (p fileRecord) load() (record, error) {
 	var r record
-	f, err := os.Open(string(p))
+	// Without waiting for who writes to a pipe.
+	f, err := os.OpenFile(string(p), os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return r, err
 	}

@@ -259,8 +259,8 @@ func (j *job) finish() error {
 // compact runs a job whose target is open for writing, with its record, and
 // closes the target.
 func (j *job) compact(resume bool) error {
-	j.r.Resumed = resume
-	if err := j.t.record.save(newRecord(j.t.path, &j.o)); err != nil {
+	j.r.Resumed, j.r.Pending = resume, resume
+	if err := j.t.record.save(newRecord(j.t.name, &j.o)); err != nil {
 		return errors.Join(err, j.t.stack.Close())
 	}
 	begun, err := j.begin()
@@ -281,18 +281,21 @@ func (j *job) compact(resume bool) error {
 		// the run may have left as well; there is nothing to go on with.
 		return errors.Join(err, j.t.record.remove())
 	}
+	j.r.Pending = true
 	if e := j.finish(); err == nil {
 		err = e
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		err = j.t.record.remove()
 	}
-	return j.t.record.remove()
+	j.r.Pending = err != nil
+	return err
 }
 
 // abandon frees what an interrupted run left, closes the target and removes
 // the record.
 func (j *job) abandon() error {
+	j.r.Pending = true
 	_, err := j.begin()
 	var leaks int64
 	if err == nil {
@@ -308,7 +311,9 @@ func (j *job) abandon() error {
 	if err := j.finish(); err != nil {
 		return err
 	}
-	return j.t.record.remove()
+	err = j.t.record.remove()
+	j.r.Pending = err != nil
+	return err
 }
 
 // fixedPlaces reports whether nothing can move in a layer's file (raw).
@@ -349,7 +354,7 @@ func (j *job) mayBeLeaks(u *usage, leaks int64) error {
 
 // begin reports whether the image lets itself be relocated.
 func (j *job) begin() (bool, error) {
-	if r, ok := j.t.reloc.(interface{ ResumeRelocation() }); ok && j.t.pending {
+	if r, ok := j.t.reloc.(interface{ ResumeRelocation() }); ok && j.t.ours {
 		r.ResumeRelocation() // the mark of an image in use is ours
 	}
 	err := j.t.reloc.BeginRelocation(j.ctx, func(done, total int64) { j.report(PhaseCheck, done, total) })

@@ -32,8 +32,10 @@ type target struct {
 	above *[]blockmap.Range
 	files []string             // whose sizes count
 	sizes func() (Size, error) // of files without a name
-	// pending tells that an interrupted run has left its record.
-	pending bool
+	name  string               // of the image file in its directory, for the record
+	// pending tells that an interrupted run has left its record, ours that it
+	// is the record of this image.
+	pending, ours bool
 }
 
 // mode is what a target is opened for.
@@ -59,18 +61,27 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 		}
 		return nil, fmt.Errorf("%s: layer %d: the stack has %d layers: %w", path, o.Layer, len(trace.Images), layers.ErrUnsupported)
 	}
-	if err := checkBase(ctx, trace, o.Layer); err != nil {
+	if err := checkBase(ctx, trace, o); err != nil {
 		return nil, err
 	}
 	if err := checkBundle(trace, o.Layer); err != nil {
 		return nil, err
 	}
 	at := trace.Images[o.Layer]
-	t := &target{path: at.Path, format: at.Format, record: fileRecord(at.Path + recordSuffix)}
+	t := &target{path: at.Path, format: at.Format}
+	// Beside the file itself, where everybody finds it who knows another name.
+	real, err := filepath.EvalSymlinks(at.Path)
+	if err != nil {
+		return nil, err
+	}
+	t.record, t.name = fileRecord(real+recordSuffix), filepath.Base(real)
 	if err := t.onDevice(); err != nil {
 		return nil, err
 	}
 	if err := t.readRecord(o, m); err != nil {
+		if busy := t.stillRunning(ctx, path, o, err); busy != nil {
+			return nil, busy
+		}
 		return nil, err
 	}
 	oo := o.Open
@@ -201,8 +212,9 @@ func lowerOptions(o open.Options, path, format string) open.Options {
 }
 
 // checkBase refuses a layer on which images stand other than the one above it.
-func checkBase(ctx context.Context, trace *open.Trace, layer int) error {
-	children, err := open.Children(ctx, trace.Images[layer].Path)
+func checkBase(ctx context.Context, trace *open.Trace, o *Options) error {
+	layer := o.Layer
+	children, err := open.Children(ctx, trace.Images[layer].Path, o.ChildDirs...)
 	if err != nil {
 		return err
 	}
@@ -231,16 +243,28 @@ func checkBundle(trace *open.Trace, layer int) error {
 	if layer > 0 && len(trace.Descriptors) > 0 {
 		return fmt.Errorf("%s: %w: it is a snapshot of a bundle", at.Path, ErrBase)
 	}
-	m, err := open.MemberOf(at.Path)
-	switch {
-	case err != nil:
+	homes, err := open.Homes(at.Path)
+	if err != nil {
 		return err
-	case m == nil:
-		return nil
-	case len(m.Children) > 0:
-		return fmt.Errorf("%s: %w: %s", at.Path, ErrBase, m.Children[0])
-	case m.Images > 1 && len(trace.Descriptors) == 0:
-		return fmt.Errorf("%s: %w: it is an image of the bundle %s; name that, without --format", at.Path, layers.ErrUnsupported, m.Descriptor)
+	}
+	for _, dir := range homes {
+		// In the other directory it may have another name.
+		name := at.Path
+		if dir != homes[0] {
+			if name, err = filepath.EvalSymlinks(at.Path); err != nil {
+				return err
+			}
+		}
+		m, err := open.MemberOf(name)
+		switch {
+		case err != nil:
+			return err
+		case m == nil:
+		case len(m.Children) > 0:
+			return fmt.Errorf("%s: %w: %s", at.Path, ErrBase, m.Children[0])
+		case m.Images > 1 && !slices.ContainsFunc(trace.Descriptors, func(d string) bool { return sameFile(d, m.Descriptor) }):
+			return fmt.Errorf("%s: %w: it is an image of the bundle %s; name that, without --format", at.Path, layers.ErrUnsupported, m.Descriptor)
+		}
 	}
 	return nil
 }
@@ -279,11 +303,32 @@ func (t *target) readRecord(o *Options, m mode) error {
 	case m == compacting:
 		return fmt.Errorf("%s: %w: image-compact --resume continues it, --abandon gives it up", t.path, ErrPending)
 	case m == resuming && err != nil:
-		return err
+		return fmt.Errorf("%w; --abandon removes it", err)
+	case m == resuming && (r.Image != t.name || r.Layer != o.Layer):
+		return fmt.Errorf("%s: its record is not of this run, but of one on layer %d of %s: "+
+			"image-compact --resume with the image and the --layer it was begun with, or --abandon", t.path, r.Layer, r.Image)
 	case m == resuming:
 		r.restore(o)
 	}
-	t.pending = true
+	t.pending, t.ours = true, err == nil && r.Image == t.name
+	return nil
+}
+
+// stillRunning is the error of opening an image whose run is not interrupted
+// but under way, nil otherwise.
+func (t *target) stillRunning(ctx context.Context, path string, o *Options, err error) error {
+	if !errors.Is(err, ErrPending) || o.Layer > 0 {
+		return nil
+	}
+	oo := o.Open
+	oo.Writable, oo.Scratch = true, false
+	s, err := open.Open(ctx, path, oo)
+	if err == nil {
+		err = s.Close()
+	}
+	if errors.Is(err, layers.ErrInUse) {
+		return err
+	}
 	return nil
 }
 

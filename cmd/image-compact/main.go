@@ -28,6 +28,7 @@ type flags struct {
 	DedupParent bool     `help:"Also give back clusters that are equal to what the layers below show."`
 	MostLeaked  bool     `help:"Also work on an image of which more is leaked than in use, as it looks when a part of the map was lost."`
 	Layer       int      `placeholder:"N" help:"Work on this layer and not on the top one, 0."`
+	Children    []string `placeholder:"DIR" sep:"none" type:"existingdir" help:"Also look in this directory for images that stand on the one to be worked on, which is then refused (repeatable). Its own directory is always looked at, and no other."`
 	To          string   `placeholder:"NEW" help:"Leave IMAGE alone and make a compact copy of it, NEW, which must not exist."`
 	MaxExtra    cli.Size `default:"64M" placeholder:"SIZE" help:"Extra space at the peak (default 64M)."`
 	RateLimit   rate     `placeholder:"SIZE/s" help:"Read and move no more than this per second."`

@@ -146,12 +146,27 @@ func TestExplain(t *testing.T) {
 		{rewrite.ErrPending, "image-compact --resume 'my disk.qcow2'"},
 		{rewrite.ErrNotPending, "image-compact 'my disk.qcow2'"},
 		{rewrite.ErrBase, "--to"},
+		{os.ErrPermission, "nothing was changed"},
 	} {
 		var e interface{ Unwrap() error }
 		err := r.explain(context.Background(), c.err, false)
 		if !errors.As(err, &e) || !errors.Is(err, c.err) || !strings.Contains(messageOf(err), c.want) {
 			t.Errorf("%v: %s", c.err, messageOf(err))
 		}
+	}
+	// What was needed to find the image is needed again.
+	r.Layer, r.AllowPath, r.Format, r.Image = 2, []string{"a b"}, "qcow2", "-x"
+	if err := r.explain(context.Background(), rewrite.ErrPending, false); !strings.Contains(messageOf(err), "--resume --layer 2 --format qcow2 --allow-path 'a b' ./-x,") {
+		t.Error(messageOf(err))
+	}
+	r = &run{flags: &flags{Image: "my disk.qcow2"}}
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
+	if err := r.explain(stopped, context.Canceled, false); strings.Contains(messageOf(err), "--resume") || !strings.Contains(messageOf(err), "nothing was changed") {
+		t.Error(messageOf(err))
+	}
+	if err := r.explain(stopped, context.Canceled, true); !strings.Contains(messageOf(err), "--resume") {
+		t.Error(messageOf(err))
 	}
 	if err := r.explain(context.Background(), layers.ErrCorrupt, true); !strings.Contains(messageOf(err), "image-fsck -n") {
 		t.Error(messageOf(err))

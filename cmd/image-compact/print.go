@@ -40,9 +40,11 @@ func (d *document) print(w io.Writer, verbose bool) error {
 			moved = "moved"
 		}
 		row(moved, "%s", cli.Bytes(d.Move))
-		if d.Action == actEstimate {
-			row("extra space needed", "%s", cli.Bytes(d.Extra))
+		extra := "extra space needed"
+		if d.Action != actEstimate {
+			extra = "extra space at most"
 		}
+		row(extra, "%s", cli.Bytes(d.Extra))
 	}
 	d.areas(t, verbose)
 	for _, n := range d.Notes {

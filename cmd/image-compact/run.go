@@ -5,7 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
+	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 
 	"github.com/imagestack/imagestack/internal/cli"
 	"github.com/imagestack/imagestack/internal/sandbox"
@@ -71,7 +75,7 @@ func (r *run) do(ctx context.Context) error {
 	}
 	r.progress.Clear()
 	if err != nil {
-		err = r.explain(ctx, err, report != nil)
+		err = r.explain(ctx, err, report != nil && report.Pending)
 	}
 	if report == nil || err != nil && report.After == nil {
 		return err // nothing was done
@@ -119,7 +123,7 @@ func (r *run) openOptions() open.Options {
 // options are what the flags say.
 func (r *run) options() rewrite.Options {
 	return rewrite.Options{
-		Open: r.openOptions(), Layer: r.Layer,
+		Open: r.openOptions(), Layer: r.Layer, ChildDirs: r.Children,
 		Guest: r.Guest != "off", Gaps: r.Gaps, Swap: r.Swap, DedupParent: r.DedupParent, MostLeaked: r.MostLeaked,
 		MaxExtra: int64(r.MaxExtra), RateLimit: int64(r.RateLimit),
 		Progress: func(p rewrite.Progress) { r.progress.UpdateBytes(phaseNames[p.Phase], p.Done, p.Total) },
@@ -139,12 +143,20 @@ func (r *run) confine() error {
 	if err != nil {
 		return err
 	}
-	p := sandbox.Policy{Mode: r.Sandbox, List: access.List, Read: access.Read, Write: access.Write}
+	p := sandbox.Policy{Mode: r.Sandbox, List: access.List, Read: append(access.Read, r.Children...), Write: access.Write}
+	// What a symbolic link leads to lies elsewhere: with other images that may
+	// stand on it, and its record.
+	homes, err := r.homes()
+	if err != nil {
+		return err
+	}
+	p.Read = append(p.Read, homes[1:]...)
 	if o.Writable {
 		// The record beside the image is made and removed.
 		if p.Change, err = directories(access.Write); err != nil {
 			return err
 		}
+		p.Change = append(p.Change, homes[1:]...)
 	}
 	if r.To != "" && !r.No {
 		dir, err := realDir(r.To)
@@ -163,16 +175,24 @@ func (r *run) confine() error {
 	return nil
 }
 
-// explain adds to an error what to do next. begun tells that the image was
-// opened.
-func (r *run) explain(ctx context.Context, err error, begun bool) error {
-	image := quoted(r.Image)
+// homes are the directories of the image file.
+func (r *run) homes() ([]string, error) {
+	if st, err := os.Stat(r.Image); err != nil || st.IsDir() {
+		return []string{r.Image}, err
+	}
+	return open.Homes(r.Image)
+}
+
+// explain adds to an error what to do next. pending tells that the run has
+// left its record.
+func (r *run) explain(ctx context.Context, err error, pending bool) error {
+	image := r.again()
 	var at *layers.ImageError
 	switch {
 	case context.Cause(ctx) != nil:
 		// The cause has the exit code of the signal.
 		err = errors.Join(context.Cause(ctx))
-		if r.To != "" || r.No {
+		if r.To != "" || !pending {
 			return cli.WithHint(err, "nothing was changed")
 		}
 		return cli.WithHint(err, "stopped at a consistent point, the image can be used; go on with: image-compact --resume %s, or give up: image-compact --abandon %s", image, image)
@@ -184,10 +204,35 @@ func (r *run) explain(ctx context.Context, err error, begun bool) error {
 		return cli.WithHint(err, "compact the images that stand on it, each by itself; a copy can be made with --to")
 	case errors.Is(err, layers.ErrCorrupt) && errors.As(err, &at) && at.Field == "leaks":
 		return cli.WithHint(err, "nothing was changed. Look at it with: image-fsck -n %s; if the files in the guest are all right, --most-leaked gives that space back", image)
-	case begun && !r.No && r.To == "" && cli.ExitCode(err) == cli.ExitFailed && !errors.Is(err, layers.ErrUnsupported):
+	case !pending && !r.No && r.To == "" && errors.Is(err, fs.ErrPermission):
+		return cli.WithHint(err, "nothing was changed; image-compact writes the image and a record beside it; a copy elsewhere can be made with --to")
+	case pending && r.To == "" && cli.ExitCode(err) == cli.ExitFailed:
 		return cli.WithHint(err, "the image is consistent and can be used; when the cause is gone go on with: image-compact --resume %s, or give up: image-compact --abandon %s", image, image)
 	}
 	return err
+}
+
+// again are the arguments with which the same image is found again.
+func (r *run) again() string {
+	var b strings.Builder
+	add := func(flag, value string) {
+		if value != "" {
+			b.WriteString(flag + " " + quoted(value) + " ")
+		}
+	}
+	if r.Layer != 0 {
+		add("--layer", strconv.Itoa(r.Layer))
+	}
+	add("--format", r.Format)
+	add("--backing-format", r.BackingFormat)
+	for _, d := range r.AllowPath {
+		add("--allow-path", d)
+	}
+	image := r.Image
+	if strings.HasPrefix(image, "-") {
+		image = "./" + image
+	}
+	return b.String() + quoted(image)
 }
 
 // quoted is a name as a shell takes it.

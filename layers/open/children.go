@@ -2,60 +2,148 @@ package open
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/qcow2"
 )
 
-// maxSiblings bounds how many files of a directory are looked at.
-const maxSiblings = 4096
-
-// Children are the qcow2 images in the directory of the image at path that name
-// it as their backing file. Images in other directories cannot be found; what
-// cannot be read is passed over.
-func Children(ctx context.Context, path string) ([]string, error) {
+// Children are the qcow2 images that name the image at path as their backing
+// file, as far as they lie in its directory (of a symbolic link: in that of the
+// link and in that of the file) or in one of dirs, not below. Images in other
+// directories cannot be found; what cannot be read is passed over, but for
+// dirs themselves.
+func Children(ctx context.Context, path string, dirs ...string) ([]string, error) {
 	st, err := os.Stat(path)
 	if err != nil {
 		return nil, err
 	}
-	if !st.Mode().IsRegular() {
-		return nil, nil // a device has no siblings
+	own, err := Homes(path)
+	if err != nil {
+		return nil, err
 	}
-	dir := filepath.Dir(path)
+	if !st.Mode().IsRegular() {
+		own = nil // a device has no siblings
+	}
+	var children, seen []string
+	for i, dir := range append(own, dirs...) {
+		real, err := realPath(dir)
+		if err != nil {
+			return nil, err
+		}
+		if slices.Contains(seen, real) {
+			continue
+		}
+		seen = append(seen, real)
+		found, err := childrenIn(ctx, dir, st)
+		if err != nil && (i >= len(own) || ctx.Err() != nil) {
+			return nil, err
+		}
+		children = append(children, found...)
+	}
+	return children, nil
+}
+
+// Homes are the directories in which the file at path lies: that of the name,
+// and of a symbolic link also that of the file.
+func Homes(path string) ([]string, error) {
+	real, err := realPath(path)
+	if err != nil {
+		return nil, err
+	}
+	dir, err := realPath(filepath.Dir(path))
+	if err != nil {
+		return nil, err
+	}
+	homes := []string{filepath.Dir(path)}
+	if other := filepath.Dir(real); other != dir {
+		homes = append(homes, other)
+	}
+	return homes, nil
+}
+
+// childrenIn are those in one directory.
+func childrenIn(ctx context.Context, dir string, base os.FileInfo) ([]string, error) {
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
 	}
 	defer d.Close()
-	list, err := d.ReadDir(maxSiblings)
-	if err != nil && len(list) == 0 {
-		return nil, nil // empty, or not to be listed
-	}
 	var children []string
-	for _, e := range list {
-		if err := ctx.Err(); err != nil {
-			return nil, err
+	for {
+		list, err := d.ReadDir(1024)
+		if errors.Is(err, io.EOF) {
+			return children, nil
 		}
-		sib, err := e.Info()
-		if err != nil || !sib.Mode().IsRegular() || os.SameFile(st, sib) {
-			continue
+		if err != nil {
+			return children, err
 		}
-		child := filepath.Join(dir, e.Name())
-		name := backingName(ctx, child)
-		if name == "" {
-			continue
+		for _, e := range list {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
+			child := filepath.Join(dir, e.Name())
+			st, err := os.Stat(child) // what a link leads to, too
+			if err != nil || !st.Mode().IsRegular() || os.SameFile(st, base) {
+				continue
+			}
+			if standsOn(dir, backingName(ctx, child), base) {
+				children = append(children, child)
+			}
 		}
+	}
+}
+
+// standsOn reports whether a backing file name in an image in dir leads to
+// base.
+func standsOn(dir, name string, base os.FileInfo) bool {
+	for _, name := range fileNames(name) {
 		if !filepath.IsAbs(name) {
 			name = filepath.Join(dir, name)
 		}
-		if base, err := os.Stat(name); err == nil && os.SameFile(st, base) {
-			children = append(children, child)
+		if st, err := os.Stat(name); err == nil && os.SameFile(st, base) {
+			return true
 		}
 	}
-	return children, nil
+	return false
+}
+
+// fileNames are the files that a backing file name may mean to QEMU: itself,
+// without "file:" in front, or what a "json:" description names. (We do not
+// follow the latter two, but who looks for children has to know them.)
+func fileNames(name string) []string {
+	if name == "" {
+		return nil
+	}
+	names := []string{name}
+	if rest, ok := strings.CutPrefix(name, "file:"); ok {
+		names = append(names, rest)
+	}
+	rest, ok := strings.CutPrefix(name, "json:")
+	var description any
+	if !ok || json.Unmarshal([]byte(rest), &description) != nil {
+		return names
+	}
+	for todo := []any{description}; len(todo) > 0; {
+		last := todo[len(todo)-1]
+		todo = todo[:len(todo)-1]
+		object, _ := last.(map[string]any)
+		for key, value := range object {
+			text, ok := value.(string)
+			if ok && (key == "filename" || strings.HasSuffix(key, ".filename")) {
+				names = append(names, text)
+			}
+			todo = append(todo, value)
+		}
+	}
+	return names
 }
 
 // backingName is the backing file that a qcow2 image names, "" if there is none

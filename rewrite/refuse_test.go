@@ -1,0 +1,194 @@
+package rewrite_test
+
+import (
+	"context"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/layers"
+	"github.com/imagestack/imagestack/layers/open"
+	"github.com/imagestack/imagestack/rewrite"
+)
+
+// small makes an image of one cluster of zeros and one of data.
+func small(t *testing.T, path string) {
+	t.Helper()
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", path, "1M")
+	imgtest.QemuIO(t, "qcow2", path, "write -P 0 0 64k", "write -P 5 128k 64k")
+}
+
+// TestChildrenElsewhere: what stands on an image is found behind a symbolic
+// link, under whatever name, and in directories that are named.
+func TestChildrenElsewhere(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	home, links, other := t.TempDir(), t.TempDir(), t.TempDir()
+	base, link, child := filepath.Join(home, "base"), filepath.Join(links, "link"), filepath.Join(home, "child")
+	small(t, base)
+	if err := os.Symlink(base, link); err != nil {
+		t.Fatal(err)
+	}
+	sum := imgtest.SHA256File(t, base)
+	refused := func(what, path string, o rewrite.Options) {
+		t.Helper()
+		if _, err := rewrite.Compact(t.Context(), path, o); !errors.Is(err, rewrite.ErrBase) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if imgtest.SHA256File(t, base) != sum {
+			t.Fatalf("%s: it was changed", what)
+		}
+	}
+	for _, name := range []string{"base", "file:" + base, `json:{"driver":"qcow2","file":{"driver":"file","filename":"` + base + `"}}`,
+		`json:{"driver":"qcow2","file.filename":"` + base + `"}`} {
+		imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", name, child)
+		refused(name, base, rewrite.Options{})
+		refused(name+" behind a link", link, rewrite.Options{})
+	}
+	if err := os.Remove(child); err != nil {
+		t.Fatal(err)
+	}
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", link, filepath.Join(other, "child"))
+	refused("in a named directory", base, rewrite.Options{ChildDirs: []string{other}})
+	refused("in a named directory, behind a link", link, rewrite.Options{ChildDirs: []string{t.TempDir(), other}})
+	// A link to the child stands for it.
+	if err := os.Symlink(filepath.Join(other, "child"), child); err != nil {
+		t.Fatal(err)
+	}
+	refused("a link to a child", base, rewrite.Options{})
+	// The control: nothing else is in the way.
+	if err := os.Remove(child); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := rewrite.Compact(t.Context(), link, rewrite.Options{ChildDirs: []string{home}}); err != nil {
+		t.Error(err)
+	}
+	if imgtest.SHA256File(t, base) == sum {
+		t.Error("the control did nothing")
+	}
+}
+
+// TestLinkedDelta: the upper image of a bundle is not taken for one that stands
+// alone when a symbolic link leads to it: a cluster of zeros is not dropped,
+// because the lower image would show through.
+func TestLinkedDelta(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io", "ploop")
+	bundle := t.TempDir()
+	images := imgtest.PloopBundle(t, bundle, "expanded", 2, 64<<20, 2)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(images[0].Path, link); err != nil {
+		t.Fatal(err)
+	}
+	sum := imgtest.SHA256File(t, images[0].Path)
+	for _, path := range []string{link, images[0].Path} {
+		_, err := rewrite.Compact(t.Context(), path, rewrite.Options{Open: open.Options{Format: "ploop"}})
+		if !errors.Is(err, layers.ErrUnsupported) || imgtest.SHA256File(t, images[0].Path) != sum {
+			t.Errorf("%s: %v", path, err)
+		}
+	}
+	_, err := rewrite.Compact(t.Context(), link, rewrite.Options{})
+	if !errors.Is(err, layers.ErrUnsupported) || imgtest.SHA256File(t, images[0].Path) != sum {
+		t.Errorf("%s: %v", link, err)
+	}
+}
+
+// TestStrangeRecord: a record that is not that of the run is not gone by, and
+// can be given up.
+func TestStrangeRecord(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	ctx, done := context.WithTimeout(t.Context(), time.Minute)
+	defer done()
+	dir := t.TempDir()
+	image := filepath.Join(dir, "a")
+	record := image + ".compact"
+	small(t, image)
+	sum := imgtest.SHA256File(t, image)
+	text := func(s string) func() error { return func() error { return os.WriteFile(record, []byte(s), 0o600) } }
+	for _, c := range []struct {
+		name string
+		make func() error
+		want string
+	}{
+		{"pipe", func() error { return unix.Mkfifo(record, 0o600) }, "not a record"},
+		{"dangling link", func() error { return os.Symlink("nowhere", record) }, "no interrupted run"},
+		{"directory", func() error { return os.Mkdir(record, 0o700) }, "not a record"},
+		{"empty", text(""), "not a record"},
+		{"no record", text("hello"), "not a record"},
+		{"large", text(strings.Repeat(" ", 1<<20)), "not a record"},
+		{"other version", text(`{"version":7,"image":"a","layer":0}`), "version 7"},
+		{"other image", text(`{"version":1,"image":"b","layer":0,"guest":true}`), "of b"},
+		{"other layer", text(`{"version":1,"image":"a","layer":1,"guest":true}`), "layer 1"},
+	} {
+		if err := c.make(); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := rewrite.Resume(ctx, image, rewrite.Options{}); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: resume: %v", c.name, err)
+		}
+		if c.name != "dangling link" {
+			if _, err := rewrite.Compact(ctx, image, rewrite.Options{}); !errors.Is(err, rewrite.ErrPending) {
+				t.Errorf("%s: compact: %v", c.name, err)
+			}
+			_, err := rewrite.Abandon(ctx, image, rewrite.Options{})
+			if _, left := os.Lstat(record); (err == nil) != (left != nil) || (err != nil) != (c.name == "directory") {
+				t.Errorf("%s: abandon: %v, %v", c.name, err, left)
+			}
+		}
+		if imgtest.SHA256File(t, image) != sum {
+			t.Fatalf("%s: the image was changed", c.name)
+		}
+		os.Remove(record)
+	}
+}
+
+// TestForeignRecordClosesNothing: the mark of an image in use is taken for that
+// of the interrupted run only beside its own record.
+func TestForeignRecordClosesNothing(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	image := filepath.Join(t.TempDir(), "a")
+	imgtest.QemuImg(t, "create", "-q", "-f", "parallels", image, "1M")
+	f, err := os.OpenFile(image, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// m_DiskInUse of the header.
+	_, err = f.WriteAt([]byte{0x59, 0x6e, 0x6f, 0x74}, 44)
+	if err = errors.Join(err, f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"b", "a"} {
+		wantErr := name == "b"
+		if err := os.WriteFile(image+".compact", []byte(`{"version":1,"image":"`+name+`","layer":0}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := rewrite.Abandon(t.Context(), image, rewrite.Options{}); errors.Is(err, layers.ErrCorrupt) != wantErr {
+			t.Errorf("record of %s: %v", name, err)
+		}
+		os.Remove(image + ".compact")
+	}
+}
+
+// TestRunningIsInUse: a run that is under way is not called an interrupted one.
+func TestRunningIsInUse(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	image := filepath.Join(t.TempDir(), "a")
+	small(t, image)
+	met := 0
+	_, err := rewrite.Compact(t.Context(), image, rewrite.Options{Progress: func(rewrite.Progress) {
+		met++
+		if _, err := rewrite.Compact(t.Context(), image, rewrite.Options{}); !errors.Is(err, layers.ErrInUse) {
+			t.Errorf("%v", err)
+		}
+		if _, err := rewrite.Resume(t.Context(), image, rewrite.Options{}); !errors.Is(err, layers.ErrInUse) {
+			t.Errorf("%v", err)
+		}
+	}})
+	if err != nil || met == 0 {
+		t.Errorf("%v, %d", err, met)
+	}
+}
