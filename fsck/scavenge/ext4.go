@@ -27,6 +27,7 @@ type extFS struct {
 	// journal is where it lies, in bytes of the filesystem; it is full of
 	// copies of metadata.
 	journal  []blockmap.Range
+	log      journalled
 	bitmaps  []bitmap // see ext4bitmap.go
 	bigalloc uint     // log2 of the blocks of a cluster
 
@@ -119,7 +120,7 @@ func (e *evidence) extSuper(w []byte, loc int64) {
 	}
 	if g.ext == nil || newest > g.newest {
 		if g.ext != nil && g.ext.groups >= x.groups {
-			x.tables, x.bitmaps = g.ext.tables, g.ext.bitmaps
+			x.tables, x.bitmaps, x.log = g.ext.tables, g.ext.bitmaps, g.ext.log
 		}
 		g.ext, g.newest, g.size = x, newest, int64(x.blocks)*bs
 	}
@@ -153,6 +154,11 @@ func (x *extFS) look(e *evidence, g *guest, b []byte, loc int64) error {
 	le := binary.LittleEndian
 	if string(b[:4]) == journalMagic {
 		if t := b[7]; t >= 1 && t <= 5 && b[4]|b[5]|b[6] == 0 {
+			if t == 1 {
+				if err := x.log.descriptor(e, b, x.blocks); err != nil {
+					return err
+				}
+			}
 			return e.add(g, kindJournal, loc, 0, x.block)
 		}
 	}

@@ -10,6 +10,7 @@ const (
 	maxExtents   = 4096    // of one directory
 	maxDirBlocks = 1 << 16 // of one directory that are candidates for a block
 	maxNodes     = 1 << 14 // of one extent tree
+	maxCopies    = 1 << 10 // of one node
 	maxTreeSteps = 1 << 28 // of one filesystem; only an image made for it needs so many
 	extentsFlag  = 0x80000
 )
@@ -23,6 +24,7 @@ func (x *extFS) trees(e *evidence, g *guest, fits func(loc, off int64) bool) err
 		return nil
 	}
 	found := len(e.hits) // what is added below needs no third pass
+	x.log.sort()
 	buf := make([]byte, x.block)
 	t := treeWalk{x: x, e: e, g: g, fits: fits, node: make([]byte, x.block)}
 	for i := range found {
@@ -98,26 +100,17 @@ func (t *treeWalk) inode(ino uint64, raw []byte) error {
 			if visited++; visited > maxNodes || t.steps > maxTreeSteps {
 				break
 			}
-			for _, b := range blocks {
-				// The child begins with the block that the parent says.
-				if int(b.depth) != depth-1 || uint64(b.first) != n.logical || !t.inside(n.phys, 1) {
-					continue
+			b, err := t.child(blocks, depth-1, n)
+			if err != nil {
+				return err
+			}
+			if b != nil && len(next) < maxExtents && len(leaves) < maxExtents && t.e.readLoc(t.node, b.loc) {
+				d, more := parseExtents(t.node, nil)
+				if d == depth-1 && d > 0 {
+					next = append(next, more...)
+				} else if d == 0 {
+					leaves = append(leaves, more...)
 				}
-				if err := t.e.add(t.g, kindPlain, b.loc, int64(n.phys)*t.x.block, t.x.block); err != nil {
-					return err
-				}
-				if !t.e.readLoc(t.node, b.loc) {
-					continue
-				}
-				if len(next) < maxExtents && len(leaves) < maxExtents {
-					d, more := parseExtents(t.node, nil)
-					if d == depth-1 && d > 0 {
-						next = append(next, more...)
-					} else if d == 0 {
-						leaves = append(leaves, more...)
-					}
-				}
-				break
 			}
 		}
 		nodes = next
@@ -126,9 +119,40 @@ func (t *treeWalk) inode(ino uint64, raw []byte) error {
 	case 4:
 		return t.directory(blocks, leaves)
 	case 8:
+		t.x.log.file(leaves)
 		return t.tail(raw, leaves)
 	}
 	return nil
+}
+
+// child finds the block of an extent tree that n, of the node above it, names.
+// Copies of it, in a journal or in a file of the guest, are evidence for the
+// same place as the block itself, or else what lies first in the image would
+// get it. It returns the one to read, which fits there if any does.
+func (t *treeWalk) child(blocks []seedHit, depth int, n extent) (one *seedHit, err error) {
+	if !t.inside(n.phys, 1) {
+		return nil, nil
+	}
+	off, fits, found := int64(n.phys)*t.x.block, false, 0
+	for k := range blocks {
+		b := &blocks[k]
+		// The child begins with the block that the parent says.
+		if int(b.depth) != depth || uint64(b.first) != n.logical {
+			continue
+		}
+		if found++; found > maxCopies {
+			break
+		}
+		if err := t.e.add(t.g, kindPlain, b.loc, off, t.x.block); err != nil {
+			return nil, err
+		}
+		if one == nil || !fits {
+			if f := t.fits(b.loc, off); f || one == nil {
+				one, fits = b, f
+			}
+		}
+	}
+	return one, nil
 }
 
 func (t *treeWalk) inside(phys, n uint64) bool {

@@ -25,6 +25,10 @@ type pieces struct {
 	idle  bitset
 	taken places
 	cands map[int32][]int64
+	// contested are units that most of the evidence in a piece names which has
+	// no place because the rest of it says something else: the piece, or -1
+	// for several.
+	contested map[int32]int32
 	// spots appends where a loc lies, in every piece that has it.
 	spots func(loc int64, dst []spot) []spot
 	// clustered: a piece is one cluster of the file, with all that is in it.
@@ -48,7 +52,7 @@ func newPieces(src *source, n, unit, units int64) (*pieces, error) {
 		return nil, err
 	}
 	p := &pieces{unit: unit, units: units, place: make([]int32, n), why: make([]uint8, n), votes: make([]uint16, n),
-		idle: newBitset(n), taken: places{m: map[int32]struct{}{}}, cands: map[int32][]int64{}}
+		idle: newBitset(n), taken: places{m: map[int32]struct{}{}}, cands: map[int32][]int64{}, contested: map[int32]int32{}}
 	p.taken.b = newBitset(units)
 	for i := range p.place {
 		p.place[i] = -1
@@ -325,6 +329,7 @@ func (p *pieces) byEvidence(e *evidence, proof string) (placed int, err error) {
 			}
 		case !clear:
 			p.refuse(piece, whyUnclear, p.bytes(units)...)
+			p.contest(piece, t)
 		default:
 			c := claim{piece, int32(units[0]), -1, votes}
 			if len(units) == 2 {
@@ -338,6 +343,30 @@ func (p *pieces) byEvidence(e *evidence, proof string) (placed int, err error) {
 	}
 	claims = p.pairs(claims)
 	return p.settle(claims, proof), nil
+}
+
+// contest enters the unit that most of the evidence in a piece names. A copy of
+// that unit, in a file of the guest or in its journal, may look better than the
+// unit itself, of which a block has changed since, and must not take its place.
+// What has blocks of a journal in it is a copy itself.
+func (p *pieces) contest(piece int32, t *tally) {
+	if !p.clustered || t.journal {
+		return
+	}
+	sum := t.more + t.against.n
+	for _, s := range t.best[:t.used] {
+		sum += s.n
+	}
+	for _, s := range t.best[:t.used] {
+		if 2*s.n <= sum || len(p.contested) >= maxListed {
+			continue
+		}
+		if by, ok := p.contested[int32(s.unit)]; ok && by != piece {
+			piece = -1
+		}
+		p.contested[int32(s.unit)] = piece
+		return // no other has more than half
+	}
 }
 
 // byEntry tells whether a piece has the place that an entry said.
@@ -446,7 +475,8 @@ func (p *pieces) settle(claims []claim, proof string) (placed int) {
 			}
 			continue
 		}
-		alike := true
+		by, contested := p.contested[group[0].unit]
+		alike := !contested || by == group[0].piece
 		for _, c := range group[1:] {
 			alike = alike && p.same != nil && p.same(group[0].piece, c.piece)
 		}

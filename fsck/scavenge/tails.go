@@ -56,7 +56,7 @@ func (t *treeWalk) tail(raw []byte, leaves []extent) error {
 		return nil
 	}
 	for _, l := range leaves {
-		if !l.unwritten && last >= l.logical && last-l.logical < l.n && t.inside(l.phys, l.n) {
+		if !l.unwritten && last >= l.logical && last-l.logical < l.n && t.inside(l.phys, l.n) && !t.x.log.has(l.phys+last-l.logical) {
 			return t.e.addTail(t.g, int64(l.phys+last-l.logical)*t.x.block, uint32(end))
 		}
 	}
@@ -150,6 +150,10 @@ func (j *job) byTails(ctx context.Context) (placed int, err error) {
 			continue
 		}
 		g.tailed = true
+		if g.ext != nil && g.ext.log.ofData() {
+			j.rep.note("the journal of a filesystem holds data of files: the ends of files prove no places in it")
+			continue
+		}
 		slices.SortFunc(g.tails, func(a, b tail) int { return cmp.Or(cmp.Compare(a.off, b.off), cmp.Compare(a.end, b.end)) })
 		g.tails = slices.Compact(g.tails) // inodes have copies in a journal
 		ix := &tailIndex{unit: j.p.unit, byEnd: slices.Clone(g.tails)}
