@@ -93,7 +93,7 @@ var refused = map[string]bool{
 	"qcow2.header.crypt-method": true, "qcow2.header.incompatible-features": true, "qcow2.header.compression-type": true,
 	"qcow2.header.raw-data-file": true, "qcow2.header.backing-name": true, "qcow2.header.extension-length": true,
 	"qcow2.header.l1-size": true, "qcow2.snapshots.table": true, "qcow2.snapshots.extra-long": true,
-	"qcow2.bitmaps.directory": true, "qcow2.bitmaps.table-entry": true,
+	"qcow2.bitmaps.directory": true, "qcow2.bitmaps.table-entry": true, "qcow2.datafile.no-name": true,
 }
 
 // notOpened returns a finding with which qemu-img does not open the image.

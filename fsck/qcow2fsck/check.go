@@ -25,7 +25,7 @@ func (Checker) Format() string { return "qcow2" }
 
 // Check implements fsck.Checker.
 func (Checker) Check(ctx context.Context, f backend.File, o fsck.Options, sink fsck.Sink) (fsck.Stats, error) {
-	c := &check{ctx: ctx, r: o.Reader(f), f: f, o: o, sink: sink, plan: o.Plan, fresh: map[int64]bool{}, kept: map[int64]bool{}, sources: map[int64]bool{}, lookedAt: map[int64]bool{}}
+	c := &check{ctx: ctx, r: o.Reader(f), f: f, o: o, sink: sink, plan: o.Plan, fresh: map[int64]bool{}, kept: map[int64]bool{}, sources: map[int64]bool{}, spreads: map[int64]bool{}, told: map[int64]bool{}, lookedAt: map[int64]bool{}}
 	c.stats.Format = "qcow2"
 	c.budget = o.Budget()
 	c.parallel = o.Parallel
@@ -77,6 +77,8 @@ type check struct {
 	fresh    map[int64]bool
 	sources  map[int64]bool // clusters of which the plan makes copies
 	kept     map[int64]bool // clusters whose owners stay in doubt
+	spreads  map[int64]bool // entries, by their place, whose compressed cluster was moved
+	told     map[int64]bool // clusters of which it was said that they cannot be counted
 	doubtAll bool           // there were too many of these to look at all
 	end      int64          // clusters of the file as the repair will have it
 	cursor   int64          // of the search for free clusters

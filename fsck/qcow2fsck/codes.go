@@ -84,7 +84,7 @@ var (
 	codeRefHigh       = fsck.Register("qcow2.refcount.too-high", fsck.Leak, "Clusters have fewer references than are counted, so that they would never be freed.", byPreen)
 	codeRefHighCopied = fsck.Register("qcow2.refcount.too-high-copied", fsck.Leak, "Data clusters have fewer references than are counted, so that they would never be freed; the COPIED flag of their entry, by which they are written in place, is right all the same.", byPreen)
 	codeRefLeak       = fsck.Register("qcow2.refcount.leak", fsck.Leak, "Clusters are counted that nothing refers to.", "-p frees them. When the map is damaged they may be what it referred to: then only -y frees them, and keeps their content in lost+found.")
-	codeRefTooNarrow  = fsck.Register("qcow2.refcount.overflow", fsck.Damage, "A cluster has more references than a count of the image's width can say.", "-y copies it for some of its owners; else delete snapshots.")
+	codeRefTooNarrow  = fsck.Register("qcow2.refcount.overflow", fsck.Damage, "A cluster has more references than a count of the image's width can say.", "-y copies it, or the compressed clusters in it, for some of its owners; a cluster that more snapshots share than can be counted needs some of them deleted.")
 )
 
 // Codes of snapshots and bitmaps.

@@ -297,6 +297,9 @@ func (c *check) wrongCount(k int64, r *countRun) bool {
 	}
 	f := fsck.Finding{Place: place, Fix: preen(fmt.Sprintf("set it to %d", r.want))}
 	switch {
+	case r.want > c.maxCount() && r.n == 1 && c.told[r.first]:
+		c.unfixed.Store(true)
+		return false
 	case r.want > c.maxCount():
 		f.Code, f.Fix = codeRefTooNarrow, nil
 		f.Text = fmt.Sprintf("%s from offset %#x: %d references", clusters, r.first<<c.bits, r.want)

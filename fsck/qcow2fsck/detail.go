@@ -174,6 +174,9 @@ func (c *check) resolve(list []owner) {
 	if len(plain) > 0 && (len(packed) > 0 || len(guests) > 1 || crowded && len(plain) > 1) {
 		plain = c.separate(cluster, plain, packed, crowded)
 	}
+	if n, _ = c.cells.get(cluster); len(packed) > 0 && uint64(n) > c.maxCount() && !c.blocks.unknown && !c.kept[cluster] {
+		c.spread(cluster, packed)
+	}
 	n, _ = c.cells.get(cluster)
 	for _, o := range plain {
 		if want := n == 1; o.active && n > 0 && want != (o.e.entry&entryCopied != 0) {
@@ -207,12 +210,7 @@ func (c *check) shorten(cluster int64, list []owner) []owner {
 		}
 		c.put64(fsck.PhaseMap, o.at, entry)
 		for k := int64((e.off+uint64(n)-1)>>c.bits) + 1; k <= int64((e.off+uint64(e.n)-1)>>c.bits); k++ {
-			c.cells.update(k, func(n uint32, fl uint8) (uint32, uint8) {
-				if n <= o.weight {
-					return 0, 0
-				}
-				return n - o.weight, fl
-			})
+			c.release(k, o.weight)
 		}
 	}
 	return left
@@ -274,12 +272,7 @@ func (c *check) separate(cluster int64, plain, packed []owner, crowded bool) []o
 			stay = append(stay, *o)
 			continue
 		}
-		c.cells.update(cluster, func(n uint32, fl uint8) (uint32, uint8) {
-			if n <= o.weight {
-				return 0, 0
-			}
-			return n - o.weight, fl
-		})
+		c.release(cluster, o.weight)
 		if free(o) {
 			entry, sub := c.nothing()
 			c.put64(fsck.PhaseMap, o.at, entry)

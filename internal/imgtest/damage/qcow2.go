@@ -85,6 +85,8 @@ var qcow2Shapes = map[string]qcow2Shape{
 	"packed": {4096, []string{"convert -c -f raw -O qcow2 -o cluster_size=4k SRC IMG"}},
 	"mixed":  {4096, []string{"convert -c -f raw -O qcow2 -o cluster_size=4k SRC IMG", "io write -P 7 4M 64k"}},
 	"zstd":   {4096, []string{"convert -c -f raw -O qcow2 -o cluster_size=4k,compression_type=zstd SRC IMG"}},
+	"narrow": {4096, []string{"create -f qcow2 -o cluster_size=4k,refcount_bits=1 IMG 8M", "io write -c -P 3 0 4k", "io write -c -P 4 4k 4k", "io write -c -P 5 8k 4k",
+		"io write -P 6 1M 64k"}},
 	"snapshot": {4096, []string{"convert -f raw -O qcow2 -o cluster_size=4k SRC IMG", "snapshot -c first IMG",
 		"io write -P 6 64k 64k", "snapshot -c second IMG", "io write -P 7 5M 64k"}},
 	"small": {512, []string{"convert -f raw -O qcow2 -o cluster_size=512 SRC IMG", "snapshot -c first IMG", "io write -P 6 64k 64k"}},

@@ -186,7 +186,7 @@ func snap2(q *qcow2) uint64 { return q.u64(64) }
 // Qcow2 are all damages of qcow2 images.
 func Qcow2() []Damage {
 	var all []Damage
-	for _, part := range [][]Damage{qcow2Header(), qcow2Map(), qcow2Counts(), qcow2Tables()} {
+	for _, part := range [][]Damage{qcow2Header(), qcow2Map(), qcow2Counts(), qcow2Tables(), qcow2More()} {
 		all = append(all, part...)
 	}
 	return all
