@@ -5,9 +5,11 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"path/filepath"
 	"testing"
 
 	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/qcow2"
 	"github.com/imagestack/imagestack/rewrite"
@@ -81,6 +83,40 @@ func TestDataFile(t *testing.T) {
 		}
 		if raw && !bytes.Equal(data.Bytes(), want) {
 			t.Error("the data file is not the disk any more")
+		}
+	}
+}
+
+// TestDataFileEstimate: the length of a data file stays, and is not promised.
+func TestDataFileEstimate(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	for _, raw := range []string{"on", "off"} {
+		dir := t.TempDir()
+		path := filepath.Join(dir, "image")
+		imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-o", "data_file="+filepath.Join(dir, "data")+",data_file_raw="+raw, path, "8M")
+		imgtest.QemuIO(t, "qcow2", path, "write -P 0 0 2M", "write -P 4 4M 1M")
+		est, err := rewrite.Estimate(t.Context(), path, rewrite.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r, err := rewrite.Compact(t.Context(), path, rewrite.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		est2, err := rewrite.Estimate(t.Context(), path, rewrite.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		const tail = 4
+		switch gone := r.Before.Apparent - r.After.Apparent; {
+		case est.Steps[1].Bytes != 2<<20 || r.Steps[1] != est.Steps[1]:
+			t.Errorf("raw %s: zeros: %+v, estimated %+v", raw, r.Steps[1], est.Steps[1])
+		case est.Steps[tail].Bytes > 1<<20 || r.Steps[tail].Bytes != gone || est2.Steps[tail].Bytes != 0:
+			t.Errorf("raw %s: the end: %+v of %d, estimated %+v, then %+v", raw, r.Steps[tail], gone, est.Steps[tail], est2.Steps[tail])
+		case r.Ideal != est.Ideal || r.After.Apparent > r.Ideal:
+			t.Errorf("raw %s: %+v, ideal %d, estimated %d", raw, r.After, r.Ideal, est.Ideal)
+		case r.Before.Allocated-r.After.Allocated < 2<<20:
+			t.Errorf("raw %s: %+v -> %+v", raw, r.Before, r.After)
 		}
 	}
 }

@@ -18,6 +18,9 @@ type job struct {
 	t    *target
 	r    *Report
 	pace pacer
+	// beside is the length of an external data file, which is a part of
+	// Before, After and Ideal and stays.
+	beside int64
 	// dropped is what need not be stored, by reason.
 	dropped map[Phase]dropRun
 }
@@ -29,7 +32,9 @@ func newJob(ctx context.Context, t *target, o Options) (*job, error) {
 	j := &job{ctx: ctx, o: o, t: t, pace: pacer{ctx: ctx, rate: o.RateLimit}, dropped: map[Phase]dropRun{}}
 	j.r = &Report{Image: t.path, Format: t.format, Layer: o.Layer, VirtualSize: t.layer.Size(), ClusterSize: t.layer.HostUnit()}
 	var err error
-	j.r.Before, err = t.size()
+	if j.beside, err = t.beside(); err == nil {
+		j.r.Before, err = t.size()
+	}
 	return j, err
 }
 
@@ -149,9 +154,9 @@ func (j *job) estimate() error {
 		}
 	}
 	ideal := after.ideal()
-	j.r.Ideal, j.r.Move = ideal, after.behind(ideal)
+	j.r.Ideal, j.r.Move = ideal+j.beside, after.behind(ideal)
 	j.r.Extra = min(j.r.Move, j.o.MaxExtra)
-	tail := max(0, j.r.Before.Apparent-ideal-leaks-(now.units()-after.units())*now.unit)
+	tail := max(0, j.r.Before.Apparent-j.r.Ideal-leaks-(now.units()-after.units())*now.unit)
 	if fixedPlaces(l) {
 		j.r.Ideal, j.r.Move, j.r.Extra, tail = j.r.Before.Apparent, 0, 0, 0
 	}
@@ -210,7 +215,7 @@ func (j *job) tail() error {
 			return err
 		}
 		cut := u.ideal()
-		j.r.Ideal = cut
+		j.r.Ideal = cut + j.beside
 		total := u.behind(cut)
 		if total == 0 {
 			return nil
@@ -251,7 +256,9 @@ func (j *job) finish() error {
 		if s.Name == PhaseTail {
 			s.Bytes = max(0, rest)
 		}
-		rest -= s.Bytes
+		if j.beside == 0 || s.Name == PhaseLeaks { // else it was in the data file
+			rest -= s.Bytes
+		}
 	}
 	return nil
 }

@@ -117,8 +117,22 @@ func (t *target) size() (Size, error) {
 	if t.sizes != nil {
 		return t.sizes()
 	}
+	return sizeOf(t.files)
+}
+
+// beside is the length of an external data file, which stays.
+func (t *target) beside() (int64, error) {
+	if t.sizes != nil {
+		return 0, nil
+	}
+	size, err := sizeOf(t.files[1:])
+	return size.Apparent, err
+}
+
+// sizeOf is how large the files are together.
+func sizeOf(files []string) (Size, error) {
 	var sum Size
-	for _, path := range t.files {
+	for _, path := range files {
 		var st unix.Stat_t
 		if err := unix.Stat(path, &st); err != nil {
 			return sum, &fs.PathError{Op: "stat", Path: path, Err: err}
