@@ -148,7 +148,7 @@ func TestInterrupted(t *testing.T) {
 		}
 	case <-time.After(20 * time.Second):
 		_ = cmd.Process.Kill()
-		<-done // killed
+		_ = <-done // killed
 		t.Fatal("Ctrl-C did not end it")
 	}
 	if names, _ := filepath.Glob("*"); imgtest.SHA256File(t, "bad.hds") != before || len(names) != 1 {

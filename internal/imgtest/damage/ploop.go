@@ -239,6 +239,8 @@ func ploopHeader() []PloopDamage {
 		h("v2.1 without extension", put32(44, 0x312e3276), Clean, Clean, "ploop.header.v21-without-extension"),
 		h("empty set", put32(52, 1), Clean, Clean, "ploop.header.empty-set"),
 		ploopCase("header/empty missing", func() *PloopImage { return NewPloop(2, ploopK, 16) }, put32(52, 0), Clean, Clean, nil, "ploop.header.empty-missing"),
+		h("first block all ones", put32(48, 0xffffffff), Damaged, Clean, "ploop.header.first-block"),
+		h("converting and in use", func(p *PloopImage) { p.Put32(52, 2).Put32(44, 0x746f6e59) }, Fatal, Clean, "ploop.header.converting", "ploop.header.in-use"),
 		h("converting, entries valid", put32(52, 2), Fatal, Clean, "ploop.header.converting"),
 		h("converting, in both forms", func(p *PloopImage) { p.Put32(52, 2).Put32(64+12, 256) }, Fatal, Fatal, "ploop.header.converting"),
 		h("unknown flags", put32(52, 0x100), Clean, Clean, "ploop.header.unknown-flags"),

@@ -21,6 +21,8 @@ var ploopVerdicts = map[string]struct{ qemu, tool int }{
 	"header/first block unaligned":             {0, 11},
 	"header/first block late":                  {0, 11},
 	"header/first block behind the file":       {0, -1},
+	"header/first block all ones":              {0, 11},
+	"header/converting and in use":             {2, 17},
 	"header/high word":                         {0, 0},
 	"header/in use":                            {2, 37},
 	"header/in use, unknown value":             {0, 37},
