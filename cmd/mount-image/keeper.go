@@ -24,6 +24,7 @@ const (
 	askBacking request = "backing"
 	askProbe   request = "probe"
 	askLoop    request = "loop"
+	askReady   request = "ready" // the user knows of the mount
 	askLeave   request = "leave"
 )
 
@@ -60,8 +61,10 @@ func beKeeper() bool {
 	})
 }
 
-// End implements keeper.Service: the mount outlives the keeper, or is dead.
-func (p *place) End() {}
+// End implements keeper.Service: the mount has gone by then. Or its server was
+// killed; it is dead then, and stays for those who use it to see, unless there
+// is nobody yet.
+func (p *place) End() { p.abandon() }
 
 // Serve implements keeper.Service.
 func (p *place) Serve(_ context.Context, request json.RawMessage, given keeper.Given) keeper.Reply {
@@ -80,6 +83,9 @@ func (p *place) serve(q string, disk int) keeper.Reply {
 	switch request(q) {
 	case askAttach:
 		r.FD, r.Err = fusefs.Attach(p.Dir, p.ReadOnly, p.options())
+		if r.Err == nil {
+			p.mounted()
+		}
 		if r.Err == nil && disk >= 0 && p.backing == nil {
 			// Held on to until askBacking. Otherwise the connection must end
 			// with the server.
@@ -91,6 +97,8 @@ func (p *place) serve(q string, disk int) keeper.Reply {
 		r.Err = p.probe()
 	case askLoop:
 		a.Loop, r.Err = p.attachLoop()
+	case askReady:
+		p.ready = true
 	case askLeave:
 		var troubles []error
 		a.Lazy, troubles = p.leave()

@@ -146,7 +146,12 @@ func TestUnmountBusy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer f.Close()
+	t.Cleanup(func() {
+		_ = f.Close()
+		if isMountedQuiet(dir) { // the test has failed
+			runCmd(t, command("-u", "--force", dir))
+		}
+	})
 	o := want(t, 3, "-u", dir)
 	contains(t, "busy", o.stderr, "in use by", "--force")
 	server := serverOf(t, dir)

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 
 	"github.com/alecthomas/kong"
 
@@ -33,8 +34,9 @@ type flags struct {
 	JSON        bool        `help:"Print one JSON document about the mount."`
 	Unmount     bool        `short:"u" help:"Unmount DIR, detaching its loop devices, and wait until everything is durable."`
 	Force       bool        `help:"With -u: unmount although the mount is in use."`
-	Image       string      `arg:"" optional:"" help:"The image, or with -u the directory."`
+	Image       string      `arg:"" optional:"" help:"The image, or with -u a directory."`
 	Dir         string      `arg:"" optional:"" help:"The directory to mount on."`
+	More        []string    `arg:"" optional:"" name:"more" help:"With -u: more directories."`
 }
 
 func main() {
@@ -52,17 +54,20 @@ func main() {
 
 func run(ctx context.Context, f *flags) error {
 	if f.Unmount {
-		if f.Image == "" || f.Dir != "" {
-			return cli.Usage(errors.New("-u wants one directory"))
+		if f.Image == "" {
+			return cli.Usage(errors.New("-u wants a directory"))
 		}
+		dirs := slices.DeleteFunc(append([]string{f.Image, f.Dir}, f.More...), func(d string) bool { return d == "" })
 		return interruptible(ctx, func() error {
-			if f.Force {
-				return unmountForced(ctx, f.Image)
-			}
-			return unmount(ctx, f.Image, false)
+			return unmountAll(ctx, dirs, func(ctx context.Context, dir string) error {
+				if f.Force {
+					return unmountForced(ctx, dir)
+				}
+				return unmount(ctx, dir, false)
+			})
 		})
 	}
-	if f.Image == "" || f.Dir == "" {
+	if f.Image == "" || f.Dir == "" || len(f.More) > 0 {
 		return cli.Usage(errors.New("want an image and a directory"))
 	}
 	s, err := newSettings(f)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/imagestack/imagestack/fusefs"
 	"github.com/imagestack/imagestack/internal/loopdev"
+	"github.com/imagestack/imagestack/internal/mounttab"
 )
 
 // place is where the disk appears: all that needs rights over the directory
@@ -27,6 +28,8 @@ type place struct {
 	SectorSize uint32 // of the loop device
 	loop       string // device, "" when none
 	backing    *backing
+	device     string // major:minor of the mount, "" when there is none
+	ready      bool   // the user has been told of it
 }
 
 func (p *place) disk() string { return filepath.Join(p.Dir, fusefs.DiskName) }
@@ -58,6 +61,51 @@ func (p *place) attachLoop() (string, error) {
 	name, err := loopdev.Attach(p.disk(), loopdev.Options{ReadOnly: p.ReadOnly, SectorSize: p.SectorSize})
 	p.loop = name
 	return name, err
+}
+
+// mounted notes which mount is ours.
+func (p *place) mounted() {
+	if m, found, err := mounttab.Find(p.Dir); err == nil && found {
+		p.device = m.Dev
+	}
+}
+
+// dead tells whether nobody serves the mount. That its server is on its way
+// out may take a moment; somebody else's mount, which can have got the same
+// device by now, may not answer at all.
+func (p *place) dead() bool {
+	gone := make(chan bool, 1)
+	go func() {
+		var st unix.Stat_t
+		for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+			err := unix.Stat(p.Dir, &st)
+			if errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) {
+				gone <- true
+				return
+			}
+		}
+		gone <- false
+	}()
+	select {
+	case is := <-gone:
+		return is
+	case <-time.After(2 * patience):
+		return false
+	}
+}
+
+// abandon takes away what a server has left that ended before anybody was told
+// of its mount. Nobody would look for it.
+func (p *place) abandon() {
+	m, found, err := mounttab.Find(p.Dir)
+	if p.ready || p.device == "" || err != nil || !found || m.Dev != p.device || !p.dead() {
+		return
+	}
+	// Best effort, as there is nobody to tell.
+	if p.loop != "" {
+		_ = loopdev.Detach(p.loop, true)
+	}
+	_ = fusefs.Unmount(p.Dir, true)
 }
 
 // patience is how long leave waits for those who use the mount.

@@ -75,6 +75,11 @@ func serve(ctx context.Context, s *settings, daemon *cli.Daemon) (err error) {
 			return errors.Join(err, srv.stop())
 		}
 	}
+	if srv.keeper != nil {
+		if _, err := srv.ask(askReady); err != nil {
+			srv.report(err) // it was killed; the disk stays served
+		}
+	}
 	select {
 	case <-srv.mount.Done(): // somebody has unmounted it
 		err = srv.fs.Shutdown()

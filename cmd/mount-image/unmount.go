@@ -66,9 +66,31 @@ func unmount(ctx context.Context, arg string, force bool) error {
 		err = fusefs.Unmount(dir, true)
 	}
 	if err != nil {
-		return errors.Join(syncErr, err)
+		if now, found, findErr := mounttab.Find(dir); findErr != nil || found && now.Dev == m.Dev {
+			return errors.Join(syncErr, err)
+		}
+		// Another mount-image -u was faster. What is promised does not depend
+		// on who did it, as long as there is a server to wait for.
+		if server == nil && !dead {
+			return errors.Join(syncErr, fmt.Errorf("%s: somebody else has just unmounted it", arg))
+		}
 	}
 	return errors.Join(syncErr, server.wait(ctx, dir, force))
+}
+
+// unmountAll is unmount for several directories: one that fails does not keep
+// the others.
+func unmountAll(ctx context.Context, dirs []string, unmount func(ctx context.Context, dir string) error) error {
+	if len(dirs) == 1 {
+		return unmount(ctx, dirs[0])
+	}
+	var all []error
+	for _, dir := range dirs {
+		if err := unmount(ctx, dir); err != nil {
+			all = append(all, err)
+		}
+	}
+	return errors.Join(all...)
 }
 
 // hangPatience is how long interruptible lets an interrupted function go on.
@@ -153,7 +175,8 @@ func detachLoops(dir string, dead bool) (syncErr, err error) {
 func syncDisk(dir string) error {
 	f, err := os.Open(filepath.Join(dir, fusefs.DiskName))
 	if err != nil {
-		if errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ECONNABORTED) {
+		if errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ECONNABORTED) ||
+			errors.Is(err, unix.ENOENT) { // unmounted by somebody else in this moment
 			return nil
 		}
 		return err

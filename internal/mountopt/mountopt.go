@@ -3,7 +3,9 @@
 package mountopt
 
 import (
+	"errors"
 	"fmt"
+	"math"
 	"os/user"
 	"strconv"
 	"strings"
@@ -177,6 +179,9 @@ func id(value string, lookup func(string) (string, error)) (*uint32, error) {
 		if number, err = lookup(value); err == nil {
 			n, err = strconv.ParseUint(number, 10, 32)
 		}
+	}
+	if err == nil && n == math.MaxUint32 {
+		err = errors.New("that number stands for nobody") // -1 of chown(2)
 	}
 	if err != nil {
 		return nil, err

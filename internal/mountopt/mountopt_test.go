@@ -24,7 +24,7 @@ func TestParse(t *testing.T) {
 		{"ro,rw", Options{Write: ptr(true)}},
 		{"allow_other,default_permissions", Options{AllowOther: true}},
 		{"allow_root", Options{AllowRoot: true}},
-		{"uid=0,gid=4294967295,umask=0027", Options{UID: ptr(uint32(0)), GID: ptr(uint32(1<<32 - 1)), Umask: ptr(uint32(0o27))}},
+		{"uid=0,gid=4294967294,umask=0027", Options{UID: ptr(uint32(0)), GID: ptr(uint32(1<<32 - 2)), Umask: ptr(uint32(0o27))}},
 		{"uid=root", Options{UID: ptr(uint32(0))}},
 		{"loop,scratch,partitions,sector_size=4096", Options{Loop: true, Scratch: true, Partitions: true, SectorSize: 4096}},
 		{"snapshot=a b,format=qcow2,backing_format=raw,cache_size=1G,log=/x",
@@ -56,7 +56,7 @@ func TestUserNames(t *testing.T) {
 
 func TestWrong(t *testing.T) {
 	for _, list := range []string{
-		"foo", "ro,foo", "foo=bar", "ro=1", "scratch=yes", "uid=", "uid=-1", "uid=4294967296", "uid=no such user",
+		"foo", "ro,foo", "foo=bar", "ro=1", "scratch=yes", "uid=", "uid=-1", "uid=4294967296", "uid=4294967295", "gid=4294967295", "uid=no such user",
 		"gid=no such group", "umask=", "umask=8", "umask=1777", "umask=-1", "sector_size=x", "snapshot", "snapshot=", "format=",
 		"allow_path=", "nodev=1", "RO", "subtype=x", "fsname=x", "max_read=1",
 	} {
