@@ -89,3 +89,36 @@ func TestPackedStreams(t *testing.T) {
 		}
 	}
 }
+
+// TestManyStreams: a host cluster with more compressed streams than the quick
+// way of counting references takes.
+func TestManyStreams(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	home := t.TempDir()
+	disk, path := filepath.Join(home, "plain"), filepath.Join(home, "image.qcow2")
+	b := make([]byte, 8<<20)
+	for off := 0; off < len(b); off += 4096 {
+		b[off] = byte(1 + off/65536)
+	}
+	if err := os.WriteFile(disk, b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	imgtest.QemuImg(t, "convert", "-q", "-c", "-O", "qcow2", disk, path)
+	imgtest.QemuIO(t, "qcow2", path, "write -P 3 1M 64k", "write -P 0 4M 2M", "write -P 4 7M 64k")
+	content := plain(t, path)
+	est, err := rewrite.Estimate(t.Context(), path, rewrite.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := rewrite.Compact(t.Context(), path, rewrite.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if r.Steps[1].Bytes != 2<<20 || est.Steps[1] != r.Steps[1] {
+		t.Errorf("%+v, estimated %+v", r.Steps[1], est.Steps[1])
+	}
+	imgtest.SameContent(t, content, plain(t, path))
+	if exit, out := imgtest.QemuCheck(t, path, "qcow2"); exit != 0 {
+		t.Errorf("qemu-img check: %d\n%s", exit, out)
+	}
+}

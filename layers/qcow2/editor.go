@@ -51,6 +51,8 @@ type editor struct {
 
 	relocating bool        // BeginRelocation has been called
 	census     *hostCensus // what it found
+	wide       bool        // it needs wide words
+	part       int64       // clusters that it counts at a time, 0 for all that fit
 	noPunch    atomic.Bool
 	zeros      []byte // one cluster
 	bufs       sync.Pool

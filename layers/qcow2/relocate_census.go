@@ -1,7 +1,9 @@
 package qcow2
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"math"
 
@@ -15,31 +17,20 @@ import (
 type hostCensus struct {
 	leaked  int64 // clusters that are counted and not referenced
 	inexact bool  // counts of referenced clusters are too high, or COPIED is missing
+	// parts are those in which there is either; nil stands for all.
+	parts *roaring.Bitmap
 	// keep is why what is not referenced may be in use nevertheless, "" when
 	// everything in the image is known.
 	keep string
 }
 
-// censusBytes is the memory in which references are counted, 4 bytes for each
-// cluster of a pass.
-const censusBytes = 32 << 20
-
-// A word of the census: what a cluster is used for, whether a guest cluster of
-// the active map is stored in it, and the number of references.
-const (
-	censusShift  = 28
-	censusClassM = 0xf << censusShift
-	censusActive = 1 << 27
-	censusCount  = censusActive - 1
-)
-
 // censusClass is the use of a cluster; those of one class may share it. L1 and
 // L2 tables are told apart by the walk that moves them.
-func censusClass(r layers.Role) uint32 {
+func censusClass(r layers.Role) layers.Role {
 	if r == layers.RoleSnapshotMap {
-		r = layers.RoleMap
+		return layers.RoleMap
 	}
-	return uint32(r) << censusShift
+	return r
 }
 
 // mayShare tells which clusters may have several references.
@@ -50,27 +41,11 @@ func mayShare(r layers.Role) bool {
 // takeCensus compares the counts with the references.
 func (ed *editor) takeCensus(ctx context.Context, step func(done, total int64)) (*hostCensus, error) {
 	img := ed.img
-	c := &hostCensus{keep: img.unknownOwner()}
-	err := ed.eachCensus(ctx, step, func(first int64, words []uint32) error {
-		for i, w := range words {
-			have, err := ed.ref.count(first + int64(i))
-			if err != nil {
-				return err
-			}
-			want := uint64(w & censusCount)
-			switch {
-			case want > 1 && !mayShare(layers.Role(w>>censusShift)):
-				return img.corrupt((first+int64(i))<<img.clusterBits, layers.Role(w>>censusShift).String(), nil, "the cluster is used twice")
-			case have < want:
-				return img.corrupt((first+int64(i))<<img.clusterBits, "reference count", have, fmt.Sprintf("a cluster has %d references", want))
-			case have > want && want > 0:
-				c.inexact = true
-			case have > want:
-				c.leaked++
-			}
-		}
-		return nil
-	})
+	c, err := ed.countCensus(ctx, step)
+	if errors.Is(err, errNarrow) {
+		ed.wide = true
+		c, err = ed.countCensus(ctx, step)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -83,23 +58,54 @@ func (ed *editor) takeCensus(ctx context.Context, step func(done, total int64)) 
 	return c, nil
 }
 
+func (ed *editor) countCensus(ctx context.Context, step func(done, total int64)) (*hostCensus, error) {
+	img := ed.img
+	c := &hostCensus{keep: img.unknownOwner(), parts: roaring.New()}
+	return c, ed.eachCensus(ctx, nil, step, func(first int64, words *censusWords) error {
+		for i := range words.len() {
+			have, err := ed.ref.count(first + i)
+			if err != nil {
+				return err
+			}
+			class, want := words.get(i)
+			switch {
+			case want > 1 && !mayShare(class):
+				return img.corrupt((first+i)<<img.clusterBits, class.String(), nil, "the cluster is used twice")
+			case have < want:
+				return img.corrupt((first+i)<<img.clusterBits, "reference count", have, fmt.Sprintf("a cluster has %d references", want))
+			case have == want:
+				continue
+			case want > 0:
+				c.inexact = true
+			default:
+				c.leaked++
+			}
+			c.parts.Add(uint32(first / words.len()))
+		}
+		return nil
+	})
+}
+
 // eachCensus counts the references, as many clusters at a time as fit into
 // memory, and calls do for every part of the file in which something is
-// referenced or can be counted.
-func (ed *editor) eachCensus(ctx context.Context, step func(done, total int64), do func(first int64, words []uint32) error) error {
+// referenced or can be counted, or for those of these parts that only has.
+func (ed *editor) eachCensus(ctx context.Context, only *roaring.Bitmap, step func(done, total int64), do func(first int64, words *censusWords) error) error {
 	img := ed.img
-	parts, err := ed.censusParts(ctx)
+	words := newCensusWords(min(ed.countable(), cmp.Or(ed.part, math.MaxInt64)), ed.wide || img.hdr.NbSnapshots >= narrowCount)
+	n := words.len()
+	parts, err := ed.censusParts(ctx, n)
 	if err != nil {
 		return err
 	}
-	words := make([]uint32, min(ed.countable(), censusBytes/4))
-	n := int64(len(words))
+	if only != nil {
+		parts.And(only)
+	}
 	for done, it := int64(0), parts.Iterator(); it.HasNext(); done++ {
 		if step != nil {
 			step(done, int64(parts.GetCardinality()))
 		}
 		first := int64(it.Next()) * n
-		clear(words)
+		words.clear()
 		err := img.walkHost(ctx, func(h layers.HostRange) error {
 			return img.countRange(h, first, words)
 		})
@@ -126,18 +132,16 @@ func (ed *editor) countable() int64 {
 }
 
 // maxCensusParts is the number of parts that may be looked at. 16 TiB in
-// clusters of 64 KiB have 32; a file with holes of exabytes may have any
+// clusters of 64 KiB have 5, or 17 with wide words; a file with holes of exabytes may have any
 // number.
 const maxCensusParts = 1024
 
-// censusParts are the parts, of as many clusters as are counted at a time, in
-// which there is anything to count.
-func (ed *editor) censusParts(ctx context.Context) (*roaring.Bitmap, error) {
+// censusParts are the parts, of n clusters, in which there is anything to
+// count.
+func (ed *editor) censusParts(ctx context.Context, n int64) (*roaring.Bitmap, error) {
 	img, r := ed.img, ed.ref
 	parts := roaring.New()
-	all := ed.countable()
-	n := min(all, censusBytes/4)
-	if all <= n {
+	if ed.countable() <= n {
 		parts.Add(0)
 		return parts, nil
 	}
@@ -162,29 +166,26 @@ func (ed *editor) censusParts(ctx context.Context) (*roaring.Bitmap, error) {
 }
 
 // countRange counts one reference in the words of the clusters from first on.
-func (img *Image) countRange(h layers.HostRange, first int64, words []uint32) error {
+func (img *Image) countRange(h layers.HostRange, first int64, words *censusWords) error {
 	class := censusClass(h.Role)
 	from, to := h.Off>>img.clusterBits, (h.Off+h.Len)>>img.clusterBits
 	if to > img.ed.ref.hwm {
 		return img.corrupt(h.Off, h.Role.String(), nil, "it lies behind the end of the file")
 	}
-	for c := max(from, first); c < min(to, first+int64(len(words))); c++ {
-		w := &words[c-first]
+	active := h.Role == layers.RoleData && h.Guest >= 0
+	for c := max(from, first); c < min(to, first+words.len()); c++ {
+		err := words.add(c-first, class, active)
 		switch {
-		case *w == 0:
-			*w = class
-		case *w&censusClassM != class:
-			return img.corrupt(c<<img.clusterBits, h.Role.String(), nil,
-				"the cluster is also used as "+layers.Role(*w>>censusShift).String())
-		case *w&censusCount == censusCount:
+		case err == nil:
+		case errors.Is(err, errNarrow):
+			return err
+		case errors.Is(err, errOtherClass):
+			class, _ := words.get(c - first)
+			return img.corrupt(c<<img.clusterBits, h.Role.String(), nil, "the cluster is also used as "+class.String())
+		case errors.Is(err, errMany):
 			return img.corrupt(c<<img.clusterBits, h.Role.String(), nil, "the cluster has too many references")
-		}
-		*w++
-		if h.Role == layers.RoleData && h.Guest >= 0 {
-			if *w&censusActive != 0 {
-				return img.corrupt(c<<img.clusterBits, h.Role.String(), nil, "several guest clusters are stored in it")
-			}
-			*w |= censusActive
+		default:
+			return img.corrupt(c<<img.clusterBits, h.Role.String(), nil, err.Error())
 		}
 	}
 	return nil
@@ -280,16 +281,23 @@ func (img *Image) FreeLeaks(ctx context.Context) (int64, error) {
 		return 0, err
 	}
 	var freed int64
-	err = ed.eachCensus(ctx, nil, func(first int64, words []uint32) error {
-		for i, w := range words {
-			n, err := ed.lower(first+int64(i), uint64(w&censusCount))
-			if err != nil {
-				return err
+	free := func() error {
+		return ed.eachCensus(ctx, c.parts, nil, func(first int64, words *censusWords) error {
+			for i := range words.len() {
+				_, want := words.get(i)
+				n, err := ed.lower(first+i, want)
+				if err != nil {
+					return err
+				}
+				freed += n
 			}
-			freed += n
-		}
-		return nil
-	})
+			return nil
+		})
+	}
+	if err = free(); errors.Is(err, errNarrow) { // what it did is done
+		ed.wide, c.parts = true, nil
+		err = free()
+	}
 	if err != nil {
 		return 0, err
 	}

@@ -52,7 +52,7 @@ func (img *Image) Evacuate(ctx context.Context, cut int64, o layers.Relocation) 
 		err = ed.quiesce(ctx)
 	}
 	if err != nil {
-		ed.census.inexact = true // FreeLeaks has to look
+		ed.census.inexact, ed.census.parts = true, nil // FreeLeaks has to look everywhere
 	}
 	return m.moved, err
 }
