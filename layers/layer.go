@@ -30,6 +30,7 @@ package layers
 
 import (
 	"context"
+	"encoding/json"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
@@ -52,7 +53,7 @@ type Layer interface {
 	Unpack(ctx context.Context, e blockmap.Extent, dst []byte) error
 
 	// Describe tells what image-stack info shows of this layer. It may read
-	// the whole map.
+	// the whole map, within OpenOptions.MaxTables.
 	Describe(ctx context.Context) (Info, error)
 
 	// WalkHost visits every reference from the layer's metadata to a byte
@@ -137,6 +138,9 @@ type OpenOptions struct {
 	// OpenFile opens a further file that the image names (an external data
 	// file), under the caller's path policy. nil refuses such images.
 	OpenFile func(name string, writable bool) (backend.File, error)
+	// MaxTables bounds the bytes of tables that Describe reads to count
+	// clusters (see Info.Uncounted); 0 is no bound.
+	MaxTables int64
 }
 
 // Parent is what an image says about the layer below it.
@@ -167,6 +171,24 @@ type Info struct {
 	Snapshots      []Snapshot        `json:"snapshots,omitempty"`       // internal
 	Bitmaps        []Bitmap          `json:"bitmaps,omitempty"`         // persistent dirty bitmaps
 	Details        map[string]string `json:"format-specific,omitempty"` // refcount width, compression, …
+
+	// Uncounted: the tables exceed OpenOptions.MaxTables, and the numbers of
+	// clusters are not known. In JSON they are null.
+	Uncounted bool `json:"-"`
+}
+
+// MarshalJSON implements json.Marshaler.
+func (i Info) MarshalJSON() ([]byte, error) {
+	type plain Info
+	if !i.Uncounted {
+		return json.Marshal(plain(i))
+	}
+	return json.Marshal(struct {
+		plain
+		Used   *int64 `json:"used-clusters"`
+		Packed *int64 `json:"compressed-clusters"`
+		Zero   *int64 `json:"zero-clusters"`
+	}{plain: plain(i)})
 }
 
 // Snapshot is an internal snapshot, or one of a ploop bundle.

@@ -141,7 +141,7 @@ func (op *opener) add(f backend.File, path, format string) (layers.Parent, error
 	if err := op.claim(f, path, writable); err != nil {
 		return none, err
 	}
-	lo := layers.OpenOptions{Path: path, Writable: writable, Cache: op.cache, OpenFile: op.openerFor(path)}
+	lo := layers.OpenOptions{Path: path, Writable: writable, Cache: op.cache, OpenFile: op.openerFor(path), MaxTables: op.o.MaxTables}
 	if len(op.pile) == 0 {
 		lo.Snapshot = op.o.Snapshot
 	}

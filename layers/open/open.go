@@ -62,6 +62,8 @@ type Options struct {
 	// CacheSize is the metadata budget in bytes, 0 for
 	// layers.DefaultCacheSize.
 	CacheSize int64
+	// MaxTables is that of layers.OpenOptions, for each layer.
+	MaxTables int64
 	// Direct opens the files with O_DIRECT.
 	Direct bool
 }

@@ -51,6 +51,8 @@ type Image struct {
 	bat  *table
 	edit *editor // nil when opened read-only
 
+	maxTables int64 // OpenOptions.MaxTables
+
 	readers layers.Readers
 	hmu     sync.Mutex // guards state
 	state   headerState
@@ -102,7 +104,7 @@ func Open(ctx context.Context, f backend.File, o layers.OpenOptions) (*Image, er
 	if cache == nil {
 		cache = layers.NewCache(layers.DefaultCacheSize)
 	}
-	i := &Image{f: f, path: path, h: h, bat: newTable(f, path, h, cache, size), state: h.headerState}
+	i := &Image{f: f, path: path, h: h, bat: newTable(f, path, h, cache, size), state: h.headerState, maxTables: o.MaxTables}
 	if o.Writable {
 		if err := i.openEditor(ctx, size, cache); err != nil {
 			i.bat.owner.DropAll()
@@ -170,7 +172,7 @@ func (i *Image) walk(ctx context.Context, visit func(run) error) error {
 	return nil
 }
 
-// Describe reads the whole BAT to count the mapped clusters.
+// Describe reads the BAT to count the mapped clusters.
 func (i *Image) Describe(ctx context.Context) (layers.Info, error) {
 	info := layers.Info{
 		Path: i.path, Format: "ploop", Version: i.h.version,
@@ -194,7 +196,9 @@ func (i *Image) Describe(ctx context.Context) (layers.Info, error) {
 		"first-data-offset": strconv.FormatInt(i.h.firstData, 10),
 		"bat-entries":       strconv.FormatInt(i.h.entries, 10),
 	}
-	if err := i.walk(ctx, func(r run) error {
+	if i.maxTables > 0 && i.h.entries*4 > i.maxTables {
+		info.Uncounted = true
+	} else if err := i.walk(ctx, func(r run) error {
 		info.UsedClusters += r.count
 		return nil
 	}); err != nil {

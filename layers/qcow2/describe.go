@@ -60,14 +60,24 @@ func (img *Image) Describe(ctx context.Context) (layers.Info, error) {
 	return info, nil
 }
 
-// countClusters counts the guest clusters of the disk by what is recorded.
+// countClusters counts the guest clusters of the disk by what is recorded. All
+// L1 entries are looked at before the first L2 table is read.
 func (img *Image) countClusters(ctx context.Context, info *layers.Info) error {
-	tables := tableCount{img: img}
-	return img.eachL1(ctx, func(i, at int64, entry uint64) error {
-		if entry&^entryCopied == 0 || img.size == 0 || i > img.l1Index(img.size-1) {
-			return nil
-		}
-		table, err := tables.next(at, entry)
+	tables, used := tableCount{img: img}, int64(0)
+	err := img.eachTableOfDisk(ctx, func(_, at int64, entry uint64) error {
+		used++
+		_, err := tables.next(at, entry)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if most := img.o.MaxTables; most > 0 && used > most>>img.clusterBits {
+		info.Uncounted = true
+		return nil
+	}
+	return img.eachTableOfDisk(ctx, func(i, at int64, entry uint64) error {
+		table, err := img.checkL1(at, entry)
 		if err != nil {
 			return err
 		}
@@ -84,6 +94,17 @@ func (img *Image) countClusters(ctx context.Context, info *layers.Info) error {
 			}
 			return nil
 		})
+	})
+}
+
+// eachTableOfDisk calls do for the L1 entries that name a table and are not of
+// the VM state.
+func (img *Image) eachTableOfDisk(ctx context.Context, do func(i, at int64, entry uint64) error) error {
+	return img.eachL1(ctx, func(i, at int64, entry uint64) error {
+		if entry&^entryCopied == 0 || img.size == 0 || i > img.l1Index(img.size-1) {
+			return nil
+		}
+		return do(i, at, entry)
 	})
 }
 

@@ -39,6 +39,8 @@ type Image struct {
 	l1Pages layers.Owner // key: page number, 512 entries each
 	l2Pages layers.Owner // key: offset of the page in the image file
 
+	hole atomic.Pointer[fileHole] // the last one in which an L2 table was met
+
 	readers layers.Readers
 	ed      *editor // nil when opened read-only
 }

@@ -67,6 +67,14 @@ func (img *Image) lookupL1(t *blockmap.Tiler, pos, end int64) error {
 	if err != nil {
 		return err
 	}
+	if img.inHole(table) {
+		stop := end
+		if index < img.l1Index(end-1) {
+			stop = (index + 1) * img.l2Span
+		}
+		t.Add(blockmap.Extent{Guest: pos, Len: stop - pos, Kind: blockmap.Unmapped})
+		return nil
+	}
 	return img.lookupL2(t, table, pos, end)
 }
 

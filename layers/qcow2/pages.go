@@ -200,6 +200,7 @@ func (img *Image) pinL2Page(off int64) (*layers.Page, *tablePage, error) {
 }
 
 func (img *Image) readL2Page(off int64) (any, int64, error) {
+	img.noteHole(off)
 	return img.readTable(off, img.l2PageBytes, off&^(img.clusterSize-1)+img.clusterSize, "L2 table")
 }
 

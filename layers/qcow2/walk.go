@@ -254,6 +254,9 @@ func (img *Image) eachL1(ctx context.Context, do func(i, at int64, entry uint64)
 // eachL2 calls do for every entry of an L2 table that says anything. first is
 // the guest offset of its first entry. e is valid during the call.
 func (img *Image) eachL2(ctx context.Context, table, first int64, do func(guest int64, e *l2Entry) error) error {
+	if img.inHole(table) {
+		return nil
+	}
 	perPage := img.l2PageBytes / img.entryBytes
 	for index := int64(0); index < 1<<img.l2Bits; index += perPage {
 		if err := ctx.Err(); err != nil {
