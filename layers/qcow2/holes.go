@@ -1,0 +1,32 @@
+package qcow2
+
+import (
+	"errors"
+	"io"
+)
+
+// fileHole is a range of the image file without storage, which reads as zeros.
+// L2 tables in it say nothing. Millions of tables may lie in one hole, in a file
+// that somebody made to keep its reader busy, and need not be read.
+type fileHole struct{ from, to int64 }
+
+// noteHole looks whether the table at off begins a hole. Only for images that
+// are opened for reading: what is written makes holes smaller.
+func (img *Image) noteHole(off int64) {
+	if img.ed != nil || img.o.Writable || off&(img.clusterSize-1) != 0 {
+		return
+	}
+	data, err := img.f.SeekData(off)
+	if errors.Is(err, io.EOF) {
+		data, err = img.imageEnd.Load(), nil // a table that is cut off is none in a hole
+	}
+	if err == nil && data >= off+img.clusterSize {
+		img.hole.Store(&fileHole{off, data})
+	}
+}
+
+// inHole reports whether the table is known to lie in a hole.
+func (img *Image) inHole(table int64) bool {
+	h := img.hole.Load()
+	return h != nil && h.from <= table && table+img.clusterSize <= h.to
+}
