@@ -13,8 +13,9 @@ PKGS     ?= ./...
 
 GO       ?= go
 VERSION  ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
-# Not -buildvcs: it fails in a checkout that belongs to somebody else.
-BUILD    := $(GO) build -trimpath -buildvcs=false -ldflags '-X $(MODULE)/internal/cli.Version=$(VERSION)'
+# Not -buildvcs: it fails in a checkout that belongs to somebody else. Nothing
+# is in C: without cgo the tools are static, and need 4 MiB less.
+BUILD    := CGO_ENABLED=0 $(GO) build -trimpath -buildvcs=false -ldflags '-X $(MODULE)/internal/cli.Version=$(VERSION)'
 
 GOLANGCI_VERSION := 2.15.0
 TOOLS    := $(CURDIR)/.tools

@@ -2,7 +2,6 @@ package fsck
 
 import (
 	"fmt"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -61,7 +60,25 @@ var (
 	codes   = map[string]*Code{}
 )
 
-var codeName = regexp.MustCompile(`^[a-z][a-z0-9]*(\.[a-z0-9]+(-[a-z0-9]+)*){1,3}$`)
+// wellFormed reports whether name is two to four parts with dots between them,
+// each of words of small letters and digits with hyphens between them, the
+// first of one word that begins with a letter. There are some 150 codes, which
+// are looked at whenever the program starts.
+func wellFormed(name string) bool {
+	const letters = "abcdefghijklmnopqrstuvwxyz"
+	parts := strings.Split(name, ".")
+	if len(parts) < 2 || len(parts) > 4 || strings.Contains(parts[0], "-") || !strings.ContainsAny(name[:1], letters) {
+		return false
+	}
+	for _, p := range parts {
+		for w := range strings.SplitSeq(p, "-") {
+			if w == "" || strings.Trim(w, letters+"0123456789") != "" {
+				return false
+			}
+		}
+	}
+	return true
+}
 
 // Register makes a code. It is meant for package variables and panics on a
 // name that is malformed or taken and on missing texts.
@@ -69,7 +86,7 @@ func Register(name string, s Severity, meaning, remedy string) *Code {
 	codesMu.Lock()
 	defer codesMu.Unlock()
 	switch {
-	case !codeName.MatchString(name):
+	case !wellFormed(name):
 		panic("fsck: malformed code " + name)
 	case codes[name] != nil:
 		panic("fsck: code registered twice: " + name)

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
+	"regexp"
 	"testing"
 
 	"github.com/imagestack/imagestack/backend"
@@ -182,6 +184,29 @@ func TestCollectorBounds(t *testing.T) {
 }
 
 func ranges(off, n int64) []blockmap.Range { return []blockmap.Range{{Off: off, Len: n}} }
+
+// TestCodeNames holds the names that Register takes against a pattern.
+func TestCodeNames(t *testing.T) {
+	pattern := regexp.MustCompile(`^[a-z][a-z0-9]*(\.[a-z0-9]+(-[a-z0-9]+)*){1,3}$`)
+	rng := rand.New(rand.NewPCG(1, 2))
+	good := 0
+	for range 200_000 {
+		b := make([]byte, 1+rng.IntN(9))
+		for i := range b {
+			b[i] = "az09.-.A "[rng.IntN(9)]
+		}
+		want := pattern.Match(b)
+		if wellFormed(string(b)) != want {
+			t.Fatalf("%q: %v", b, !want)
+		}
+		if want {
+			good++
+		}
+	}
+	if good < 1000 {
+		t.Errorf("only %d good ones", good)
+	}
+}
 
 func TestRegister(t *testing.T) {
 	for name, do := range map[string]func(){

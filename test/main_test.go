@@ -57,8 +57,10 @@ func supervise() (status int, err error) {
 	}()
 	_, self, _, _ := runtime.Caller(0)
 	build := exec.Command("go", "build", "-buildvcs=false", "-o", filepath.Join(dir, "bin")+"/", "./cmd/...")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as the Makefile does
 	if raceEnabled {
 		build.Args = append(build.Args[:2], append([]string{"-race"}, build.Args[2:]...)...)
+		build.Env = nil // that of the tests
 	}
 	build.Dir = filepath.Dir(filepath.Dir(self))
 	if err := os.Mkdir(filepath.Join(dir, "bin"), 0o755); err != nil {

@@ -31,6 +31,7 @@ var hooked = sync.OnceValues(func() (string, error) {
 	_, self, _, _ := runtime.Caller(0)
 	build := exec.Command("go", "build", "-buildvcs=false", "-tags", "imagestack_testhook", "-o", dir+"/", "./cmd/mount-image", "./cmd/image-stack", "./cmd/image-fsck", "./cmd/image-compact")
 	build.Dir = filepath.Dir(filepath.Dir(self))
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as the Makefile does
 	out, err := build.CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("%w\n%s", err, out)

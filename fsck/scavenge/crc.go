@@ -3,6 +3,7 @@ package scavenge
 import (
 	"encoding/binary"
 	"hash/crc32"
+	"sync"
 )
 
 // ext4 and jbd2 chain CRC-32C without the inversion at its ends. Such a CRC is
@@ -74,13 +75,14 @@ func (u *unzeros) state(crc uint32) uint32 {
 // seed is the CRC that led to crc over p, of the length of u.
 func (u *unzeros) seed(crc uint32, p []byte) uint32 { return u.state(crc ^ crc32c(0, p)) }
 
-var unzeros4 = newUnzeros(4)
+// unzeros4 is for words.
+var unzeros4 = sync.OnceValue(func() *unzeros { return newUnzeros(4) })
 
 // word is the 32-bit number that led from one CRC to another.
-func word(from, to uint32) uint32 { return from ^ unzeros4.state(to) }
+func word(from, to uint32) uint32 { return from ^ unzeros4().state(to) }
 
 // wordBefore is the CRC from which the number v led to crc.
-func wordBefore(v, to uint32) uint32 { return v ^ unzeros4.state(to) }
+func wordBefore(v, to uint32) uint32 { return v ^ unzeros4().state(to) }
 
 // sumMatches tells whether the CRC-32C (the usual one, inverted) of p, with
 // the four bytes at byte at taken as zeros, is what they say in little-endian.
