@@ -9,7 +9,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math"
+	"os"
 	"slices"
 
 	"github.com/klauspost/compress/zstd"
@@ -50,6 +52,34 @@ const (
 
 // ErrDump says that a file is not a dump, or a damaged one.
 var ErrDump = errors.New("not a valid metadata dump")
+
+// MayBeDump returns an error unless a new dump may take the place of what is at
+// path: nothing, an empty file, or an earlier dump. An image, or a device, may
+// not be lost by an argument too few.
+func MayBeDump(path string) error {
+	st, err := os.Stat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if st.Mode().IsRegular() && st.Size() == 0 {
+		return nil
+	}
+	if st.Mode().IsRegular() {
+		f, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer f.Close() // opened for reading
+		b := make([]byte, len(dumpMagic))
+		if _, err := io.ReadFull(f, b); err == nil && string(b) == dumpMagic {
+			return nil
+		}
+	}
+	return fmt.Errorf("%s: %w, and only that would be replaced by a new one", path, ErrDump)
+}
 
 // DumpIdentity says of which image a dump is.
 type DumpIdentity struct {

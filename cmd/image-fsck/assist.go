@@ -214,6 +214,9 @@ func (a *assistant) dump() (fd int, err error) {
 	if a.Dump == "" || a.pending != nil {
 		return -1, errors.New("no dump is to be made")
 	}
+	if err := fsck.MayBeDump(a.Dump); err != nil {
+		return -1, err
+	}
 	if a.pending, err = renameio.NewPendingFile(a.Dump, renameio.WithPermissions(0o600)); err != nil {
 		a.pending = nil
 		return -1, err

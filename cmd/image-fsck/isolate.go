@@ -65,6 +65,8 @@ func (r *run) isolate(repair bool) error {
 	}
 	if r.top != "" {
 		p.Write = append(p.Write, r.top)
+		// Beside a bundle, of which only the directory is open.
+		p.List = append(p.List, filepath.Dir(r.top))
 	}
 	return r.confine(p)
 }

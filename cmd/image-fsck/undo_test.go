@@ -4,11 +4,14 @@ import (
 	"encoding/json"
 	"maps"
 	"os"
+	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 
 	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/damage"
+	"github.com/imagestack/imagestack/layers/open"
 )
 
 // repaired is what --json says of the files that a repair has changed.
@@ -76,5 +79,83 @@ func TestUndoBundle(t *testing.T) {
 		if imgtest.SHA256File(t, name) != before[name] {
 			t.Errorf("%s was changed without an undo file", name)
 		}
+	}
+}
+
+// TestDumpReplaces: a dump takes the place of an earlier one, and of nothing
+// else: not of the image, of another file, or of a device.
+func TestDumpReplaces(t *testing.T) {
+	t.Chdir(t.TempDir())
+	ploopImage(t, "a.hds")
+	before := imgtest.SHA256File(t, "a.hds")
+	if err := os.WriteFile("notes", []byte("mine, and longer than a word"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Symlink("a.hds", "link"); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir("dir", 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"a.hds", "notes", "link", "dir", "/dev/null"} {
+		_, stderr := want(t, 8, "--dump", name, "a.hds")
+		if !strings.Contains(stderr, "not a valid metadata dump") {
+			t.Errorf("%s: %s", name, stderr)
+		}
+	}
+	if b, err := os.ReadFile("notes"); imgtest.SHA256File(t, "a.hds") != before || string(b[:4]) != "mine" || err != nil {
+		t.Fatal("overwritten")
+	}
+	if st, err := os.Lstat("/dev/null"); err != nil || st.Mode()&os.ModeCharDevice == 0 {
+		t.Fatalf("/dev/null: %v %v", st, err)
+	}
+	if err := os.WriteFile("d", nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want(t, 0, "--dump", "d", "a.hds")
+	want(t, 0, "--dump", "d", "a.hds")
+}
+
+// TestGuestBundle: --guest -y on a bundle, named by its directory or by its
+// descriptor, makes the new top beside it.
+func TestGuestBundle(t *testing.T) {
+	imgtest.Require(t, "mkfs.ext4", "e2fsck", "qemu-img")
+	imgtest.RequirePloop(t)
+	imgtest.RequireFuse(t)
+	dir := t.TempDir()
+	t.Chdir(dir)
+	imgtest.Run(t, "truncate", "-s", "32M", "fs.raw")
+	imgtest.Run(t, "mkfs.ext4", "-q", "-F", "fs.raw")
+	for _, d := range []string{"disk.hdd", "copy"} {
+		if err := os.Mkdir(d, 0o700); err != nil {
+			t.Fatal(err)
+		}
+	}
+	imgtest.PloopBundle(t, filepath.Join(dir, "disk.hdd"), "expanded", 2, 32<<20, 1)
+	s, err := open.Open(t.Context(), "disk.hdd", open.Options{Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := os.ReadFile("fs.raw")
+	if err != nil {
+		t.Fatal(err)
+	}
+	b[1024+58] ^= 1 // s_state: not clean
+	if _, err := s.WriteAt(t.Context(), b, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct{ image, top string }{{"disk.hdd", "disk.hdd.guest.qcow2"}, {"disk.hdd/DiskDescriptor.xml", "disk.hdd/DiskDescriptor.xml.guest.qcow2"}} {
+		doc := guestJSON(t, 1, "-y", c.image)
+		if doc.NewTop != c.top {
+			t.Errorf("%s: %+v", c.image, doc)
+		}
+		guestJSON(t, 0, doc.NewTop)
+		if err := os.Remove(doc.NewTop); err != nil {
+			t.Fatal(err)
+		}
+		guestJSON(t, 4, c.image) // as it was
 	}
 }
