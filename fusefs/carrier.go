@@ -3,6 +3,8 @@ package fusefs
 import (
 	"encoding/binary"
 	"fmt"
+	"sync/atomic"
+	"time"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 
@@ -30,11 +32,32 @@ type CachedReader interface {
 	ReadCached(p []byte, off int64) bool
 }
 
+// InPlaceWriter is a Device that can tell what it can write quickly.
+type InPlaceWriter interface {
+	// WriteInPlace stores p at off, inside the disk, if that needs no more
+	// than copying it, and reports whether it did. After false any part of p
+	// may have been stored.
+	WriteInPlace(p []byte, off int64) bool
+}
+
 // carrier is a uring.Handler.
 type carrier struct {
 	fs *FS
 	ps *fuse.ProtocolServer
+	// rest is until when no write is made in place, in nanoseconds since the
+	// epoch: the host made one wait, for room in its page cache or for its
+	// journal, and reads must not wait behind the next ones.
+	rest atomic.Int64
 }
+
+const (
+	// What is longer is worth another thread, which copies while the queue's
+	// own takes requests.
+	tryRead, tryWrite = 128 << 10, 64 << 10
+	// slowWrite is how long a write in place may take without any being made
+	// for the time of writeRest.
+	slowWrite, writeRest = 500 * time.Microsecond, 50 * time.Millisecond
+)
 
 // newCarrier answers requests of a kernel that srv has settled the protocol
 // with.
@@ -61,20 +84,27 @@ func span(op []byte) (off uint64, size uint32) {
 	return binary.NativeEndian.Uint64(op[8:]), binary.NativeEndian.Uint32(op[16:])
 }
 
-// Try answers reads of what is in memory.
+// Try answers reads of what is in memory and writes into what has a place.
 func (c *carrier) Try(r *uring.Request) bool {
-	if r.Opcode() != opRead {
-		return false
-	}
 	f := c.fs.file(r.Node())
 	if f == nil {
 		return false
 	}
+	switch r.Opcode() {
+	case opRead:
+		return c.tryRead(r, f)
+	case opWrite:
+		return c.tryWrite(r, f)
+	}
+	return false
+}
+
+func (c *carrier) tryRead(r *uring.Request, f *file) bool {
 	cached, ok := f.dev.(CachedReader)
-	if !ok {
+	off, size := span(r.Op())
+	if !ok || size > tryRead {
 		return false
 	}
-	off, size := span(r.Op())
 	buf := r.Results()
 	n := clip(f.size, off, uint64(min(int(size), len(buf))))
 	if n > 0 && !cached.ReadCached(buf[:n], int64(off)) {
@@ -82,6 +112,35 @@ func (c *carrier) Try(r *uring.Request) bool {
 	}
 	r.Reply(int(n), 0)
 	return true
+}
+
+func (c *carrier) tryWrite(r *uring.Request, f *file) bool {
+	w, ok := f.dev.(InPlaceWriter)
+	off, size := span(r.Op())
+	data := r.Arguments()
+	begin := time.Now()
+	if !ok || !c.fs.writable || size == 0 || size > tryWrite || int(size) > len(data) ||
+		clip(f.size, off, uint64(size)) != int64(size) || begin.UnixNano() < c.rest.Load() || !c.fs.gate.TryRLock() {
+		return false
+	}
+	defer c.fs.gate.RUnlock()
+	if c.fs.closed || !w.WriteInPlace(data[:size], int64(off)) {
+		return false // Do follows, and notes the change
+	}
+	now := time.Now()
+	if now.Sub(begin) > slowWrite {
+		c.rest.Store(now.Add(writeRest).UnixNano())
+	}
+	c.fs.changed()
+	c.written(r, size)
+	return true
+}
+
+// written is the reply of a write: struct fuse_write_out.
+func (c *carrier) written(r *uring.Request, n uint32) {
+	binary.NativeEndian.PutUint32(r.Results(), n)
+	binary.NativeEndian.PutUint32(r.Results()[4:], 0)
+	r.Reply(8, 0)
 }
 
 // Do answers everything.
@@ -101,10 +160,11 @@ func (c *carrier) Do(r *uring.Request) {
 		in := fuse.WriteIn{InHeader: fuse.InHeader{NodeId: r.Node()}}
 		in.Offset, in.Size = span(r.Op())
 		n, status := c.fs.Write(nil, &in, r.Arguments())
-		// struct fuse_write_out
-		binary.NativeEndian.PutUint32(r.Results(), n)
-		binary.NativeEndian.PutUint32(r.Results()[4:], 0)
-		r.Reply(8, int32(status))
+		if !status.Ok() {
+			r.Reply(0, int32(status))
+			return
+		}
+		c.written(r, n)
 	default:
 		c.dispatch(r)
 	}

@@ -96,6 +96,12 @@ func (s *section) ReadAt(ctx context.Context, p []byte, off int64) (int, error) 
 	return n, err
 }
 
+// WriteInPlace implements InPlaceWriter, where the disk does.
+func (s *section) WriteInPlace(p []byte, off int64) bool {
+	w, ok := s.dev.(InPlaceWriter)
+	return ok && off >= 0 && off <= s.n && int64(len(p)) <= s.n-off && w.WriteInPlace(p, s.off+off)
+}
+
 // ReadCached implements CachedReader, where the disk does.
 func (s *section) ReadCached(p []byte, off int64) bool {
 	c, ok := s.dev.(CachedReader)

@@ -124,6 +124,16 @@ type Editor interface {
 	Readers() *Readers
 }
 
+// InPlaceWriter is an Editor that can tell which writes need nothing but the
+// write itself.
+type InPlaceWriter interface {
+	// WriteInPlace stores p at off, inside the disk, if all of it goes to a
+	// place that the layer owns already, and reports whether it did. After
+	// false, which errors also are, any part of p may have been stored, and
+	// WriteAt is to follow.
+	WriteInPlace(p []byte, off int64) bool
+}
+
 // OpenOptions are what every format's Open takes.
 type OpenOptions struct {
 	// Path names the image in messages.

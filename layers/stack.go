@@ -333,6 +333,21 @@ func (s *Stack) WriteAt(ctx context.Context, p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+// pageSize is that of the host's page cache, or a multiple.
+const pageSize = 4096
+
+// WriteInPlace stores p at off, inside the disk, if that needs no more than
+// copying it into the host's page cache, and reports whether it did. After
+// false any part of p may have been stored, and WriteAt is to follow.
+func (s *Stack) WriteInPlace(p []byte, off int64) bool {
+	// The page cache reads the rest of a page that is written in part.
+	if (off|int64(len(p)))%pageSize != 0 {
+		return false
+	}
+	w, ok := s.top.(InPlaceWriter)
+	return ok && w.WriteInPlace(p, off)
+}
+
 // ZeroAt makes [off, off+n) read as zeros, giving space back when punch is
 // set (see Editor.ZeroAt).
 func (s *Stack) ZeroAt(ctx context.Context, off, n int64, punch bool) error {

@@ -175,6 +175,16 @@ func (i *Image) WriteAt(ctx context.Context, p []byte, off int64, below layers.B
 	return nil
 }
 
+// WriteInPlace implements layers.InPlaceWriter.
+func (i *Image) WriteInPlace(p []byte, off int64) bool {
+	e := i.edit
+	if e == nil || e.broken() != nil || !e.started.Load() {
+		return false
+	}
+	n, _, err := i.writeMapped(p, off, (off+int64(len(p))+i.h.cluster-1)>>i.bat.shift)
+	return err == nil && n == int64(len(p))
+}
+
 // relieve commits when more pages are changed than may be pinned.
 func (e *editor) relieve(i *Image) error {
 	if i.bat.dirtyPages.Load()*pageSize < e.pinned {

@@ -33,6 +33,16 @@ func (img *Image) WriteAt(ctx context.Context, p []byte, off int64, below layers
 	return nil
 }
 
+// WriteInPlace implements layers.InPlaceWriter.
+func (img *Image) WriteInPlace(p []byte, off int64) bool {
+	ed := img.ed
+	if ed == nil || ed.failed() != nil || !ed.started.Load() {
+		return false
+	}
+	n, err := ed.writeOwned(p, off)
+	return err == nil && n == len(p)
+}
+
 // relieve commits when changes pin more of the cache than an editor may.
 func (ed *editor) relieve(ctx context.Context) error {
 	ed.mu.Lock()

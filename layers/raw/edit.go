@@ -34,6 +34,15 @@ func (i *Image) WriteAt(_ context.Context, p []byte, off int64, _ layers.Below) 
 	return err
 }
 
+// WriteInPlace implements layers.InPlaceWriter.
+func (i *Image) WriteInPlace(p []byte, off int64) bool {
+	if i.canChange(off, int64(len(p))) != nil {
+		return false
+	}
+	_, err := i.f.WriteAt(p, off)
+	return err == nil
+}
+
 // ZeroAt punches a hole, or zeroes the range keeping its storage, or writes
 // zeros where the file can do neither.
 func (i *Image) ZeroAt(_ context.Context, off, n int64, punch bool, _ layers.Below) error {
