@@ -53,6 +53,9 @@ type osFile struct {
 
 	untold atomic.Bool // it cannot tell what is in the page cache
 
+	// transient is whether reads leave nothing in the page cache.
+	transient atomic.Bool
+
 	// writing lets one long buffered write at a time into the kernel. A
 	// filesystem takes them one after the other anyway, and those who wait
 	// for the inode's lock there spin.
@@ -262,6 +265,9 @@ func (o *osFile) ID() (dev, ino uint64, ok bool) { return o.dev, o.ino, true }
 func (o *osFile) ReadAt(p []byte, off int64) (int, error) {
 	if o.direct != nil {
 		return o.directReadAt(p, off)
+	}
+	if o.transient.Load() {
+		return o.transientReadAt(p, off)
 	}
 	return o.f.ReadAt(p, off) // loops over short reads and EINTR
 }

@@ -21,11 +21,10 @@ type vector struct {
 	bufs  [][]byte
 	off   int64
 	write bool
-	// cached reads what is in the page cache only.
-	cached bool
-	n      int
-	err    error
-	call   func(fd uintptr)
+	flags int // of a read: RWF_NOWAIT, RWF_DONTCACHE
+	n     int
+	err   error
+	call  func(fd uintptr)
 }
 
 var vectors = sync.Pool{New: func() any {
@@ -35,8 +34,8 @@ var vectors = sync.Pool{New: func() any {
 			switch {
 			case v.write:
 				v.n, v.err = pwritev(int(fd), v.bufs, v.off)
-			case v.cached:
-				v.n, v.err = unix.Preadv2(int(fd), v.bufs, v.off, unix.RWF_NOWAIT)
+			case v.flags != 0:
+				v.n, v.err = unix.Preadv2(int(fd), v.bufs, v.off, v.flags)
 			default:
 				v.n, v.err = preadv(int(fd), v.bufs, v.off)
 			}
@@ -127,17 +126,64 @@ func ReadCached(f File, p []byte, off int64) bool {
 	if !is || o.direct != nil || o.untold.Load() {
 		return false
 	}
-	v := vectors.Get().(*vector)
-	v.bufs, v.off, v.write = append(v.bufs[:0], p), off, false
-	v.cached = true
-	cerr := o.raw.Control(v.call)
-	n, err := v.n, v.err
-	v.cached = false
-	clear(v.bufs)
-	v.bufs = v.bufs[:0]
-	vectors.Put(v)
-	if cerr == nil && errors.Is(err, errors.ErrUnsupported) {
+	flags, transient := unix.RWF_NOWAIT, o.transient.Load()
+	if transient {
+		flags |= unix.RWF_DONTCACHE // it may start reading ahead
+	}
+	n, err := o.preadv2(p, off, flags)
+	switch {
+	case !errors.Is(err, errors.ErrUnsupported):
+	case transient:
+		o.transient.Store(false)
+	default:
 		o.untold.Store(true)
 	}
-	return cerr == nil && err == nil && n == len(p)
+	return err == nil && n == len(p)
+}
+
+// preadv2 is one preadv2(2).
+func (o *osFile) preadv2(p []byte, off int64, flags int) (int, error) {
+	v := vectors.Get().(*vector)
+	v.bufs, v.off, v.write, v.flags = append(v.bufs[:0], p), off, false, flags
+	err := o.raw.Control(v.call)
+	n := v.n
+	if err == nil {
+		err = v.err
+	}
+	v.flags = 0
+	clear(v.bufs) // keep no reference to the caller's memory
+	v.bufs = v.bufs[:0]
+	vectors.Put(v)
+	return n, err
+}
+
+// DontCache has later reads of f, of one buffer, leave in the page cache only
+// what was there before (RWF_DONTCACHE: Linux 6.14, where the filesystem can;
+// elsewhere nothing changes).
+func DontCache(f File) {
+	if o, is := f.(*osFile); is && o.direct == nil && !o.block {
+		o.transient.Store(true)
+	}
+}
+
+// transientReadAt is ReadAt of a file for which there was DontCache.
+func (o *osFile) transientReadAt(p []byte, off int64) (done int, err error) {
+	if off < 0 {
+		return 0, pathErr("read", o.name, unix.EINVAL)
+	}
+	for done < len(p) {
+		n, err := o.preadv2(p[done:], off+int64(done), unix.RWF_DONTCACHE)
+		switch {
+		case errors.Is(err, errors.ErrUnsupported):
+			o.transient.Store(false)
+			n, err := o.f.ReadAt(p[done:], off+int64(done))
+			return done + n, err
+		case err != nil:
+			return done, pathErr("read", o.name, err)
+		case n <= 0:
+			return done, io.EOF
+		}
+		done += n
+	}
+	return done, nil
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -42,17 +41,19 @@ type server struct {
 	peer string
 	file string   // the virtual disk
 	argv []string // command that shows it, nil for the bare file
+	loop string   // the loop device that the server has attached, if any
 	pid  int      // 0 for the bare file
 	end  func() error
 }
 
 // start shows img until stop.
-func (s *servers) start(ctx context.Context, peer string, img *image, writable bool) (*server, error) {
+// With loop ours attaches a loop device by itself.
+func (s *servers) start(ctx context.Context, peer string, img *image, writable, loop bool) (*server, error) {
 	var srv *server
 	var err error
 	switch peer {
 	case peerOurs:
-		srv, err = s.ours(ctx, img, writable)
+		srv, err = s.ours(ctx, img, writable, loop)
 	case peerQSD:
 		srv, err = s.qsd(ctx, img, writable)
 	case peerBare:
@@ -81,7 +82,7 @@ func (s *servers) mountImageArgs(img *image, dir string, writable bool) []string
 	return append(argv, img.top(), dir)
 }
 
-func (s *servers) ours(ctx context.Context, img *image, writable bool) (*server, error) {
+func (s *servers) ours(ctx context.Context, img *image, writable, loop bool) (*server, error) {
 	s.n++
 	dir := filepath.Join(s.dir, fmt.Sprintf("mount-%d", s.n))
 	if err := os.MkdirAll(dir, 0o755); err != nil {
@@ -89,9 +90,19 @@ func (s *servers) ours(ctx context.Context, img *image, writable bool) (*server,
 	}
 	argv := s.mountImageArgs(img, dir, writable)
 	argv = append(argv, "-f", "--json")
+	if loop {
+		argv = append(argv, "--loop")
+	}
 	srv := &server{peer: peerOurs, file: filepath.Join(dir, "disk.raw"), argv: argv}
 	// It prints the announcement once the disk answers.
-	ready := func(stdout []byte) bool { return json.Valid(stdout) && len(bytes.TrimSpace(stdout)) > 0 }
+	ready := func(stdout []byte) bool {
+		var a struct{ Loop string }
+		if json.Unmarshal(stdout, &a) != nil {
+			return false
+		}
+		srv.loop = a.Loop
+		return true
+	}
 	return srv, s.launch(ctx, srv, dir, ready)
 }
 

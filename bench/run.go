@@ -215,12 +215,17 @@ func (r *runner) prepare(ctx context.Context, l *line, s *subject) (err error) {
 
 // serve starts the server of a subject and, for a loop line, the loop device.
 func (r *runner) serve(ctx context.Context, l *line, s *subject) (err error) {
-	if s.srv, err = r.servers.start(ctx, s.peer, s.img, l.write); err != nil {
+	onLoop := l.loop || l.kind == kindPageCache
+	if s.srv, err = r.servers.start(ctx, s.peer, s.img, l.write, onLoop); err != nil {
 		s.srv = nil
 		return err
 	}
 	s.serve = s.srv.argv
-	if !l.loop && l.kind != kindPageCache {
+	if !onLoop {
+		return nil
+	}
+	if s.srv.loop != "" {
+		s.loop = &loop{device: s.srv.loop, detach: func() error { return nil }}
 		return nil
 	}
 	// Direct I/O on a plain file would mean the disk, not the page cache that
@@ -406,7 +411,7 @@ func (r *runner) verify(ctx context.Context, l *line, s *subject) error {
 
 func (r *runner) verifyNow(ctx context.Context, l *line, s *subject) error {
 	if !l.write {
-		srv, err := r.servers.start(ctx, s.peer, s.img, false)
+		srv, err := r.servers.start(ctx, s.peer, s.img, false, false)
 		if err != nil {
 			return err
 		}

@@ -36,7 +36,7 @@ func checkWritten(ctx context.Context, servers *servers, store *imageStore, peer
 	for i := range int64(256) { // and in sequence
 		blocks[n/2+i] = uint64(i) + 1000
 	}
-	srv, err := servers.start(ctx, peer, img, true)
+	srv, err := servers.start(ctx, peer, img, true, false)
 	if err != nil {
 		return err
 	}
@@ -48,7 +48,7 @@ func checkWritten(ctx context.Context, servers *servers, store *imageStore, peer
 	if peer == peerQSD {
 		reader = peerOurs
 	}
-	if srv, err = servers.start(ctx, reader, img, false); err != nil {
+	if srv, err = servers.start(ctx, reader, img, false, false); err != nil {
 		return fmt.Errorf("reading what %s wrote: %w", peer, err)
 	}
 	if err := errors.Join(checkShown(store, srv, img, true), srv.stop()); err != nil {

@@ -78,6 +78,8 @@ func newSettings(f *flags) (*settings, error) {
 			Writable: o.Write != nil && *o.Write && !o.Scratch, Scratch: o.Scratch, Flat: o.Flat,
 			Format: o.Format, BackingFormat: o.BackingFormat, Snapshot: o.Snapshot,
 			AllowPaths: o.AllowPath, CacheSize: int64(f.CacheSize),
+			// The block device has a page cache of its own.
+			DontCache: o.Loop,
 		},
 		partitions: o.Partitions, loop: o.Loop, sectorSize: o.SectorSize, json: f.JSON, verbose: f.Verbose, log: o.Log,
 		uid: uint32(os.Geteuid()), gid: uint32(os.Getegid()), umask: 0o077,

@@ -3,6 +3,8 @@ package scavenge
 import (
 	"encoding/binary"
 	"slices"
+
+	"github.com/imagestack/imagestack/blockmap"
 )
 
 // journalled are the blocks of which the journal of an ext4 has, or had,
@@ -87,3 +89,48 @@ func (l *journalled) has(block uint64) bool {
 // ofData reports whether the journal has, or had, data of files. Blocks of
 // directories that became those of files are few.
 func (l *journalled) ofData() bool { return l.full || l.data > len(l.blocks)/8 }
+
+// minBeside is how many blocks have to be in their place in a unit that the
+// journal has a part of.
+const minBeside = 3
+
+// besideJournal decides about a cluster at a unit that has a part of the
+// journal of an ext4 in it. What is in a journal contradicts nothing there, so
+// that any cluster of the journal looks right in which a copy lies where its
+// original would: what is not of the journal in this unit has to tell.
+func (p *pieces) besideJournal(e *evidence, t *tally, unit int64) bool {
+	inside := func(g *guest, off int64) bool {
+		return slices.ContainsFunc(g.ext.journal, func(r blockmap.Range) bool { return off >= r.Off && off < r.End() })
+	}
+	if !slices.ContainsFunc(e.guests, func(g *guest) bool {
+		from := unit*p.unit - g.base
+		return g.ext != nil && g.rank != rankNone && slices.ContainsFunc(g.ext.journal, func(r blockmap.Range) bool {
+			return r.Off < from+p.unit && from < r.End()
+		})
+	}) {
+		return true
+	}
+	right, wrong := int64(0), int64(0)
+	var spots []spot
+	var offs []int64
+	for _, h := range e.hits[t.from:t.to] {
+		if h.fs < 0 || h.kind >= kindAgainst || e.guests[h.fs].ext == nil {
+			continue
+		}
+		g := e.guests[h.fs]
+		spots, offs = p.spots(h.loc, spots[:0]), e.resolve(h, offs[:0])
+		if len(spots) != 1 || len(offs) != 1 {
+			continue
+		}
+		for k := range int64(h.n) {
+			switch at := unit*p.unit + spots[0].rel + k*g.block - g.base; {
+			case inside(g, at):
+			case at == offs[0]+k*g.block:
+				right++
+			default:
+				wrong++
+			}
+		}
+	}
+	return right >= minBeside && right >= dominance*wrong
+}

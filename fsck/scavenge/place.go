@@ -114,6 +114,8 @@ type tally struct {
 	against score // blocks that do not belong where they lie
 	dup     bool  // one block with two places
 	journal bool  // with blocks of a journal
+	// from and to are the hits of a piece that is one cluster.
+	from, to int
 }
 
 // score counts blocks that say the same. Some of them may be copies in the
@@ -233,7 +235,7 @@ func (p *pieces) tallies(e *evidence, placed bool, visit func(piece int32, t *ta
 	var spots []spot
 	var offs []int64
 	last := int32(-1)
-	for _, h := range e.hits {
+	for i, h := range e.hits {
 		var base int64
 		if h.fs >= 0 && h.kind < kindAgainst {
 			g := e.guests[h.fs]
@@ -265,9 +267,10 @@ func (p *pieces) tallies(e *evidence, placed bool, visit func(piece int32, t *ta
 						return err
 					}
 				}
-				t = new(tally)
+				t = &tally{from: i}
 				open[s.piece] = t
 			}
+			t.to = i + 1
 			t.journal = t.journal || h.kind == kindJournal
 			fit := 0
 			ju := journalUnits{0, -1}
@@ -330,6 +333,8 @@ func (p *pieces) byEvidence(e *evidence, proof string) (placed int, err error) {
 		case !clear:
 			p.refuse(piece, whyUnclear, p.bytes(units)...)
 			p.contest(piece, t)
+		case p.clustered && slices.ContainsFunc(units, func(u int64) bool { return !p.besideJournal(e, t, u) }):
+			p.refuse(piece, whyUnclear, p.bytes(units)...)
 		default:
 			c := claim{piece, int32(units[0]), -1, votes}
 			if len(units) == 2 {

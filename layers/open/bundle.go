@@ -121,7 +121,7 @@ func (op *opener) openBundle(xml, snapshot, named string) error {
 	// The selection is done; no image of a bundle has snapshots of its own.
 	op.o.Snapshot = ""
 	for _, ref := range chain {
-		f, path, err := op.policy.open(xml, "StorageData/Storage/Image/File", ref.File, op.writableLayer(), op.o.Direct)
+		f, path, err := op.policy.open(xml, "StorageData/Storage/Image/File", ref.File, op.writableLayer())
 		if err != nil {
 			return err
 		}

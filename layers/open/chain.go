@@ -35,7 +35,7 @@ func (op *opener) openTop(path string) error {
 		}
 		return op.openBundle(path, op.o.Snapshot, "")
 	}
-	f, err := backend.Open(path, backend.Options{Writable: op.writableLayer(), Direct: op.o.Direct})
+	f, err := backend.Open(path, backend.Options{Writable: op.writableLayer()})
 	if err != nil {
 		return err
 	}
@@ -112,7 +112,7 @@ func (op *opener) openParent(path string, parent layers.Parent) (backend.File, s
 	if err := checkFormat(format); err != nil {
 		return nil, "", "", &layers.ImageError{Path: path, Layer: len(op.pile) - 1, Offset: -1, Field: "backing format", Value: parent.Format, Err: err}
 	}
-	f, next, err := op.policy.open(path, "backing file", parent.Name, false, op.o.Direct)
+	f, next, err := op.policy.open(path, "backing file", parent.Name, false)
 	if err != nil {
 		return nil, "", "", err
 	}
@@ -172,7 +172,7 @@ func (op *opener) add(f backend.File, path, format string) (layers.Parent, error
 // openerFor opens the further files that the image at path names.
 func (op *opener) openerFor(path string) func(string, bool) (backend.File, error) {
 	return func(name string, writable bool) (backend.File, error) {
-		f, full, err := op.policy.open(path, "data file", name, writable, op.o.Direct)
+		f, full, err := op.policy.open(path, "data file", name, writable)
 		if err != nil {
 			return nil, err
 		}
@@ -187,6 +187,9 @@ func (op *opener) openerFor(path string) func(string, bool) (backend.File, error
 // claim remembers the file, so that nothing appears twice in a stack, and
 // locks it.
 func (op *opener) claim(f backend.File, path string, writable bool) error {
+	if op.o.DontCache {
+		backend.DontCache(f)
+	}
 	if dev, ino, ok := backend.IDOf(f); ok {
 		id := fileID{dev, ino}
 		if first, twice := op.seen[id]; twice {

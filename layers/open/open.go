@@ -64,8 +64,9 @@ type Options struct {
 	CacheSize int64
 	// MaxTables is that of layers.OpenOptions, for each layer.
 	MaxTables int64
-	// Direct opens the files with O_DIRECT.
-	Direct bool
+	// DontCache reads the files without leaving them in the page cache
+	// (backend.DontCache), for a disk whose reader has one of its own.
+	DontCache bool
 }
 
 // Open opens the stack whose top layer, descriptor or bundle directory is at

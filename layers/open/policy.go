@@ -75,7 +75,7 @@ func resolve(from, name string) string {
 
 // open opens the file that the image at from calls name in its given field,
 // and returns it with its path.
-func (p *policy) open(from, field, name string, writable, direct bool) (backend.File, string, error) {
+func (p *policy) open(from, field, name string, writable bool) (backend.File, string, error) {
 	refuse := func(class error, why string) error {
 		return &layers.ImageError{Path: from, Layer: -1, Offset: -1, Field: field, Value: name, Err: fmt.Errorf("%w: %s", class, why)}
 	}
@@ -106,7 +106,7 @@ func (p *policy) open(from, field, name string, writable, direct bool) (backend.
 		if !ok {
 			continue
 		}
-		f, err := r.openBelow(rel, writable, direct)
+		f, err := r.openBelow(rel, writable)
 		if err != nil {
 			return nil, "", refuse(err, "cannot be opened")
 		}
@@ -147,13 +147,10 @@ func (r root) below(real string) (string, bool) {
 
 // openBelow opens rel under the root. What is neither a regular file nor,
 // where the user allowed it, a block device is refused without waiting for it.
-func (r root) openBelow(rel string, writable, direct bool) (backend.File, error) {
+func (r root) openBelow(rel string, writable bool) (backend.File, error) {
 	flags := os.O_RDONLY
 	if writable {
 		flags = os.O_RDWR
-	}
-	if direct {
-		flags |= unix.O_DIRECT
 	}
 	// A FIFO must not make us wait, a terminal not become ours.
 	st, err := r.dir.Lstat(rel)

@@ -100,7 +100,7 @@ func NewRelated(path string, o Options) (*Related, error) {
 // Open opens the file that the image calls name in the given field, and
 // returns it with its path.
 func (r *Related) Open(field, name string) (backend.File, string, error) {
-	return r.p.open(r.path, field, name, false, false)
+	return r.p.open(r.path, field, name, false)
 }
 
 // Close gives back what the policy holds.
