@@ -23,7 +23,8 @@ type asker struct {
 }
 
 func (a *asker) decide(f fsck.Finding) bool {
-	key := f.Code.Name + "\x00" + f.Place.String()
+	// Not the value: another fix at the same place may change it meanwhile.
+	key := fmt.Sprintf("%s\x00%s\x00%d\x00%s", f.Code.Name, f.Place.File, f.Place.Offset, f.Place.Field)
 	if a.all || a.none || a.no[key] {
 		return a.all && !a.no[key]
 	}

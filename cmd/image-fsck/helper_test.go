@@ -148,8 +148,7 @@ func TestInterrupted(t *testing.T) {
 		}
 	case <-time.After(20 * time.Second):
 		_ = cmd.Process.Kill()
-		_ = <-done // killed
-		t.Fatal("Ctrl-C did not end it")
+		t.Fatal("Ctrl-C did not end it: ", <-done) // killed
 	}
 	if names, _ := filepath.Glob("*"); imgtest.SHA256File(t, "bad.hds") != before || len(names) != 1 {
 		t.Errorf("not as it was: %q", names)

@@ -208,6 +208,12 @@ func TestAsker(t *testing.T) {
 			t.Errorf("%d: %v", i, got)
 		}
 	}
+	// Another fix has changed what stands there.
+	refused := at(2)
+	refused.Place.Value = uint64(7)
+	if a.decide(refused) {
+		t.Error("yes to what was answered with no")
+	}
 	if n := strings.Count(out.String(), "mend it?"); n != 4 {
 		t.Errorf("asked %d times: %s", n, out.String())
 	}
