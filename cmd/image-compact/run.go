@@ -165,14 +165,7 @@ func (r *run) confine() error {
 		}
 		p.Change = append(p.Change, dir)
 	}
-	warnings, err := sandbox.Confine(p)
-	for _, w := range warnings {
-		fmt.Fprintln(r.stderr, toolName+":", w)
-	}
-	if err != nil {
-		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
-	}
-	return nil
+	return cli.Confine(p, func(what string) { fmt.Fprintln(r.stderr, toolName+":", what) })
 }
 
 // homes are the directories of the image file.

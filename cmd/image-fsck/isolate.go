@@ -84,14 +84,7 @@ func (r *run) seal() error {
 }
 
 func (r *run) confine(p sandbox.Policy) error {
-	warnings, err := sandbox.Confine(p)
-	for _, w := range warnings {
-		fmt.Fprintln(r.stderr, "image-fsck:", w)
-	}
-	if err != nil {
-		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
-	}
-	return nil
+	return cli.Confine(p, func(what string) { fmt.Fprintln(r.stderr, "image-fsck:", what) })
 }
 
 // startKeeper starts one if the run has to do with anything but the images and

@@ -47,14 +47,8 @@ func (i *image) confine() error {
 	if err != nil {
 		return err
 	}
-	warnings, err := sandbox.Confine(sandbox.Policy{Mode: i.Sandbox, List: access.List, Read: access.Read})
-	for _, w := range warnings {
-		fmt.Fprintln(os.Stderr, "image-stack:", w)
-	}
-	if err != nil {
-		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
-	}
-	return nil
+	return cli.Confine(sandbox.Policy{Mode: i.Sandbox, List: access.List, Read: access.Read},
+		func(what string) { fmt.Fprintln(os.Stderr, "image-stack:", what) })
 }
 
 func main() {

@@ -55,17 +55,10 @@ func (srv *server) confine(daemon *cli.Daemon) error {
 	if srv.keeper, err = startKeeper(srv.place); err != nil {
 		return err
 	}
-	warnings, err := sandbox.Confine(sandbox.Policy{
+	return cli.Confine(sandbox.Policy{
 		Mode: s.sandbox, List: access.List, Read: access.Read, Write: access.Write, User: s.user,
 		Rings: srv.rings != nil,
-	})
-	for _, w := range warnings {
-		srv.log.Print(w)
-	}
-	if err != nil {
-		return cli.WithHint(err, "--sandbox=auto goes on with what there is")
-	}
-	return nil
+	}, func(what string) { srv.log.Print(what) })
 }
 
 // attach mounts. An isolated server gives up opening files with it. The file

@@ -44,6 +44,19 @@ type SandboxFlags struct {
 	Sandbox sandbox.Mode `enum:"auto,require,off" default:"auto" help:"Isolation of the process that reads the image: auto (as much as the kernel offers), require (or fail) or off."`
 }
 
+// Confine is sandbox.Confine. What this system does not offer is told to warn,
+// or with sandbox.Require is an error that says what else there is.
+func Confine(p sandbox.Policy, warn func(what string)) error {
+	warnings, err := sandbox.Confine(p)
+	for _, w := range warnings {
+		warn(w)
+	}
+	if err != nil {
+		return WithHint(err, "--sandbox=auto goes on with what there is")
+	}
+	return nil
+}
+
 // ProgressFlag is the flag of tools that take a while.
 type ProgressFlag struct {
 	Progress string `default:"auto" placeholder:"MODE" help:"Progress on stderr: auto (a bar on a terminal), bar, plain or none."`
