@@ -14,6 +14,28 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// abort is -u --force of a mount that does not answer; reader gets the end of a
+// read that waits for it.
+func (m *mounted) abort(reader <-chan error) {
+	t := m.t
+	t.Helper()
+	o := runTool(t, "mount-image", "-u", "--force", m.dir)
+	if o.exit != 1 || !strings.Contains(o.stderr, "may be lost") || o.took > 40*time.Second {
+		t.Errorf("-u --force: exit %d after %v\n%s", o.exit, o.took, o.stderr)
+	}
+	if left := mountsUnder(m.dir); len(left) > 0 {
+		t.Errorf("still mounted: %q", left)
+	}
+	select {
+	case err := <-reader:
+		if err == nil {
+			t.Error("a read of what does not answer succeeded")
+		}
+	case <-time.After(5 * time.Second):
+		t.Error("a reader still waits")
+	}
+}
+
 // TestForceHungServer: a server that does not answer is got rid of with -u
 // --force, in bounded time, and whoever waited for it gets an error.
 func TestForceHungServer(t *testing.T) {
@@ -31,21 +53,7 @@ func TestForceHungServer(t *testing.T) {
 		reader <- err
 	}()
 	time.Sleep(100 * time.Millisecond)
-	o := runTool(t, "mount-image", "-u", "--force", m.dir)
-	if o.exit != 1 || !strings.Contains(o.stderr, "may be lost") || o.took > 40*time.Second {
-		t.Errorf("-u --force: exit %d after %v\n%s", o.exit, o.took, o.stderr)
-	}
-	if left := mountsUnder(m.dir); len(left) > 0 {
-		t.Errorf("still mounted: %q", left)
-	}
-	select {
-	case err := <-reader:
-		if err == nil {
-			t.Error("a read of a hung server succeeded")
-		}
-	case <-time.After(5 * time.Second):
-		t.Error("a reader still waits")
-	}
+	m.abort(reader)
 	if err := unix.Kill(server, unix.SIGCONT); err != nil {
 		t.Fatal(err)
 	}

@@ -115,12 +115,7 @@ func start(t *testing.T, mode sandbox.Mode, writable bool) (map[string]string, s
 
 // A program that was taken over reaches its file and nothing else.
 func TestLimits(t *testing.T) {
-	if !sandbox.Available() {
-		if os.Getenv("IMAGESTACK_REQUIRE") == "all" {
-			t.Fatal("this kernel has no Landlock")
-		}
-		t.Skip("this kernel has no Landlock")
-	}
+	imgtest.RequireLandlock(t, sandbox.Available())
 	for _, writable := range []bool{false, true} {
 		got, last := start(t, sandbox.Require, writable)
 		for _, what := range []string{"secret", "neighbour", "make", "connect", "fork", "signal", "grow", "memory", "descriptors"} {

@@ -86,6 +86,15 @@ func RequireFuse(t testing.TB) {
 	}
 }
 
+// RequireLandlock needs a kernel that can keep a process from files; available
+// is what package sandbox says of that.
+func RequireLandlock(t testing.TB, available bool) {
+	t.Helper()
+	if !available {
+		missing(t, "this kernel has no Landlock")
+	}
+}
+
 // RequireLoop needs the right to attach loop devices: root and
 // /dev/loop-control.
 func RequireLoop(t testing.TB) {

@@ -345,12 +345,7 @@ func everywhere(more map[string]string) map[string]string {
 
 func requireSandbox(t *testing.T) {
 	t.Helper()
-	if !Available() {
-		if os.Getenv("IMAGESTACK_REQUIRE") == "all" {
-			t.Fatal("this kernel has no Landlock")
-		}
-		t.Skip("this kernel has no Landlock")
-	}
+	imgtest.RequireLandlock(t, Available())
 }
 
 func policy(dir string) Policy {

@@ -51,7 +51,8 @@ func seeds(f *testing.F) (formats []string, images [][]byte) {
 func FuzzDifferential(f *testing.F) {
 	formats, images := seeds(f)
 	for i := range images {
-		for k := byte(0); k < 24; k++ {
+		// Few: each starts QEMU twice, and all of them come before the fuzzing.
+		for _, k := range []byte{0, 7} {
 			f.Add(byte(i), []byte{0, k, k, 3 * k, 0, 40 + k, 6, k})
 		}
 	}
