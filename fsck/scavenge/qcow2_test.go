@@ -256,6 +256,23 @@ func TestLostCounts(t *testing.T) {
 	}
 }
 
+// rebuilt puts a disk into an image, loses the map, and holds what is rebuilt
+// against the disk.
+func rebuilt(t testing.TB, disk, format string, args ...string) {
+	t.Helper()
+	img := convert(t, disk, format, args...)
+	if format == "qcow2" {
+		loseL1(t, img, 0)
+	} else {
+		loseBAT(t, img)
+	}
+	name, r := run(t, img, scavenge.Options{})
+	if r.New == "" {
+		t.Fatal("nothing was rebuilt")
+	}
+	same(t, r, format, name, disk)
+}
+
 // A guest that is in use: its journal is full of copies of metadata.
 func TestJournal(t *testing.T) {
 	t.Parallel()
@@ -269,17 +286,7 @@ func TestJournal(t *testing.T) {
 		guesttest.Age(t, dir, 3, 150, 100<<10)
 		busy := guesttest.Copy(t, disk)
 		umount()
-		img := convert(t, busy, c.format, c.args...)
-		if c.format == "qcow2" {
-			loseL1(t, img, 0)
-		} else {
-			loseBAT(t, img)
-		}
-		name, r := run(t, img, scavenge.Options{})
-		if r.New == "" {
-			t.Fatal("nothing was rebuilt")
-		}
-		same(t, r, c.format, name, busy)
+		rebuilt(t, busy, c.format, c.args...)
 	}
 }
 
@@ -299,16 +306,6 @@ func TestNested(t *testing.T) {
 		imgtest.Run(t, "sync", "-f", dir)
 		guesttest.Age(t, dir, 9, 60, 100<<10)
 		umount()
-		img := convert(t, disk, c.format, c.args...)
-		if c.format == "qcow2" {
-			loseL1(t, img, 0)
-		} else {
-			loseBAT(t, img)
-		}
-		name, r := run(t, img, scavenge.Options{})
-		if r.New == "" {
-			t.Fatal("nothing was rebuilt")
-		}
-		same(t, r, c.format, name, disk)
+		rebuilt(t, disk, c.format, c.args...)
 	}
 }
