@@ -150,7 +150,8 @@ func (m *mover) moveRefcountTable(to, entries int64) error {
 // moveBlocks moves refcount blocks. Their new places are counted in the blocks
 // as they stand before the first one moves, because one block may count the
 // new place of another; then their pages are written to the new places, and
-// the entries of the refcount table follow in the usual order.
+// the entries of the refcount table follow in the usual order: behind a sync,
+// by which both are durable whichever of the entries get there.
 func (m *mover) moveBlocks(refs []ref) error {
 	const together = 16
 	for len(refs) > 0 {
@@ -187,9 +188,6 @@ func (m *mover) moveSome(refs []ref) (int, error) {
 		return 0, nil
 	}
 	if err := r.writePages(); err != nil {
-		return 0, err
-	}
-	if err := m.ed.syncFile(m.img.f); err != nil {
 		return 0, err
 	}
 	r.mu.Lock()

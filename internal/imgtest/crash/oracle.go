@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 
@@ -52,7 +54,30 @@ func qemuCheck(t testing.TB, st *State, path string) error {
 	if exit == 0 || exit == 3 || st.dirty() {
 		return nil
 	}
+	if exit == 2 && slices.Contains(st.r.op.May, copiedClear) && onlyCopiedClear(out) {
+		return nil
+	}
 	return fmt.Errorf("qemu-img check: exit %d\n%s", exit, out)
+}
+
+// copiedClear is our code of a COPIED flag that is not set although it could
+// be. The next write there copies the cluster, and nothing is lost; qemu-img
+// check calls it an error all the same.
+const copiedClear = "qcow2.l2.copied-clear"
+
+// couldBeCopied is what it says: an entry without the flag, which is the
+// highest bit, of a cluster with one reference.
+var couldBeCopied = regexp.MustCompile(`^ERROR OFLAG_COPIED (data|L2) cluster: l[12]_entry=[0-9a-f]{1,15} refcount=1$`)
+
+// onlyCopiedClear reports whether qemu-img check complains of nothing else.
+func onlyCopiedClear(out string) bool {
+	for line := range strings.Lines(out) {
+		line = strings.TrimSpace(line)
+		if strings.HasPrefix(line, "ERROR") && !couldBeCopied.MatchString(line) {
+			return false
+		}
+	}
+	return true
 }
 
 // dirty is the bit by which a qcow2 image says that its counts are not right.
