@@ -21,6 +21,7 @@ const (
 	imgZstd    = "zstd"    // qcow2, compressed
 	imgDeflate = "deflate" // qcow2, compressed
 	imgDeep    = "deep"    // qcow2, 50 TiB in 64 layers, nearly empty
+	imgFlat    = "flat"    // chain8 on a filesystem with reflinks, shown with --flat
 )
 
 const (
@@ -39,7 +40,8 @@ type image struct {
 	layers  []string // files, top first, all of the format
 	size    int64    // of the disk
 	content content
-	used    bool // written to by a workload: the content is not known any more
+	used    bool         // written to by a workload: the content is not known any more
+	end     func() error // takes away what holds the files, nil if they are to be removed
 }
 
 func (i *image) top() string { return i.layers[0] }
@@ -55,11 +57,12 @@ func cluster(format string) int64 {
 // imageStore builds images when they are asked for, from seeded content, with
 // qemu-img: neutral ground, and images as users have them.
 type imageStore struct {
-	dir   string
-	size  int64
-	built map[string]*image
-	say   func(format string, args ...any)
-	sums  map[string]string // expected SHA-256 by image name
+	dir     string
+	size    int64
+	built   map[string]*image
+	cleanup *cleaner
+	say     func(format string, args ...any)
+	sums    map[string]string // expected SHA-256 by image name
 }
 
 // get returns an image, built by now. key tells copies of one image apart, so
@@ -114,6 +117,8 @@ func (s *imageStore) build(ctx context.Context, name string) (*image, error) {
 		err = s.chain(ctx, img, 64)
 	case imgDeep:
 		err = s.deep(ctx, img)
+	case imgFlat:
+		err = s.flat(ctx, img)
 	default:
 		err = fmt.Errorf("no recipe for %q", name)
 	}
@@ -253,6 +258,9 @@ func (s *imageStore) drop(name string) error {
 		}
 		for _, l := range img.layers {
 			errs = errors.Join(errs, os.Remove(l))
+		}
+		if img.end != nil {
+			errs = errors.Join(errs, img.end())
 		}
 		delete(s.built, id)
 	}

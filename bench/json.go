@@ -24,12 +24,13 @@ type document struct {
 
 // settings of the run.
 type settings struct {
-	Mode    string  `json:"mode"`
-	Size    int64   `json:"size"`
-	Pairs   int     `json:"pairs"`
-	Runtime float64 `json:"runtime"`
-	Only    string  `json:"only,omitempty"`
-	Format  string  `json:"format,omitempty"`
+	Mode      string  `json:"mode"`
+	Size      int64   `json:"size"`
+	Pairs     int     `json:"pairs"`
+	Runtime   float64 `json:"runtime"`
+	Only      string  `json:"only,omitempty"`
+	Format    string  `json:"format,omitempty"`
+	Transport string  `json:"transport"`
 }
 
 type lineJSON struct {

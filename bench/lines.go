@@ -22,22 +22,26 @@ const (
 
 // line is one row of the table: a workload on an image.
 type line struct {
-	name    string // of the workload, for people
-	job     string // in jobs/, for fio lines
-	kind    kind
-	image   string
-	on      target
-	write   bool
-	small   bool // figures are requests per second, not MiB/s
-	cold    bool // the image's pages are dropped before each run
-	cached  bool // through the page cache of the served file
-	loop    bool // on a loop device with direct I/O
-	quick   bool // part of -quick
-	noBare  bool // the bare file has no counterpart
-	goal    float64
-	self    string  // also compare imagestack with itself on this image
-	selfTo  float64 // goal of that
-	absGoal float64 // goal of the figure itself, at most
+	name   string // of the workload, for people
+	job    string // in jobs/, for fio lines
+	kind   kind
+	image  string
+	on     target
+	write  bool
+	small  bool // figures are requests per second, not MiB/s
+	cold   bool // the image's pages are dropped before each run
+	cached bool // through the page cache of the served file
+	loop   bool // on a loop device with direct I/O
+	quick  bool // part of -quick
+	noBare bool // the bare file has no counterpart
+	goal   float64
+	// bareGoal is that of the ratio to the bare file, or with bareLoop to a
+	// loop device on it.
+	bareGoal float64
+	bareLoop bool
+	self     string  // also compare imagestack with itself on this image
+	selfTo   float64 // goal of that
+	absGoal  float64 // goal of the figure itself, at most
 }
 
 // key names a line for -only and in JSON.
@@ -124,6 +128,12 @@ func allLines() []line {
 	}
 	onLoop := func(l *line) { l.loop, l.name = true, "loop: "+l.name }
 
+	// What the kernel reads by itself: FUSE passthrough.
+	through := func(l *line) { l.cached, l.bareGoal, l.goal, l.name = true, 0.95, 0, "passthrough: buffered "+l.name }
+	sequential := buffered
+	sequential.name = "seq read"
+	add(imgBase, through, sequential, reads[1])
+
 	for _, img := range []string{imgQcow2, imgPloop} {
 		add(img, nil, reads...)
 		add(img, nil, buffered)
@@ -150,6 +160,11 @@ func allLines() []line {
 		add(img, func(l *line) { l.goal = 1.8 }, reads[0], reads[2], reads[4])
 	}
 	add(imgDeep, nil, line{name: "command to first byte, 50 TiB in 64 layers", kind: kindFirstByte, noBare: true, absGoal: 100})
+
+	add(imgFlat, func(l *line) {
+		through(l)
+		l.name, l.bareLoop = "flat view, "+l.name, true
+	}, sequential, reads[1])
 
 	for i := range all {
 		all[i].quick = slices.Contains(quickKeys, all[i].key())

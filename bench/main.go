@@ -40,6 +40,7 @@ type options struct {
 	json        string
 	dir         string
 	mountImage  string
+	transport   string
 	list        bool
 	compact     bool
 	fsck        bool
@@ -62,6 +63,7 @@ func parseOptions(args []string) (*options, error) {
 	f.StringVar(&o.json, "json", "", "write everything to this file as JSON, - for stdout instead of the table")
 	f.StringVar(&o.dir, "dir", "/var/tmp", "where the images are made; a real disk, for the cold lines")
 	f.StringVar(&o.mountImage, "mount-image", "", "measure this binary and not one built from the source tree")
+	f.StringVar(&o.transport, "transport", "auto", "of mount-image: auto, dev or uring; root switches io_uring on for the time of the run")
 	f.BoolVar(&o.list, "list", false, "print the keys of the lines that would be measured")
 	f.BoolVar(&o.fsck, "fsck", false, "measure image-fsck beside qemu-img check and ploop check instead")
 	f.BoolVar(&o.compact, "compact", false, "measure image-compact beside qemu-img convert instead")
@@ -71,6 +73,11 @@ func parseOptions(args []string) (*options, error) {
 	}
 	if f.NArg() > 0 {
 		return nil, fmt.Errorf("unexpected argument %q", f.Arg(0))
+	}
+	switch o.transport {
+	case "auto", "dev", "uring":
+	default:
+		return nil, fmt.Errorf("-transport %q: want auto, dev or uring", o.transport)
 	}
 	if o.quick && o.full {
 		return nil, errors.New("-quick and -full exclude each other")
@@ -190,6 +197,10 @@ func run(ctx context.Context, o *options, begin time.Time) (err error) {
 	if o.quick {
 		r.deadline = begin.Add(quickLimit)
 	}
+	transport, err := switchURing(o.transport, &cleanup)
+	if err != nil {
+		return err
+	}
 	var total time.Duration
 	for i := range lines {
 		total += r.estimate(&lines[i])
@@ -200,7 +211,7 @@ func run(ctx context.Context, o *options, begin time.Time) (err error) {
 		Machine: describeMachine(ctx, ".", dir), Started: time.Now(),
 		Settings: settings{
 			Mode: map[bool]string{true: "quick", false: "full"}[o.quick], Size: o.size, Pairs: o.pairs,
-			Runtime: o.runtime.Seconds(), Only: o.only, Format: o.format,
+			Runtime: o.runtime.Seconds(), Only: o.only, Format: o.format, Transport: transport,
 		},
 	}
 	results := r.run(ctx, lines)
@@ -218,7 +229,7 @@ func newRunner(ctx context.Context, o *options, dir string, cleanup *cleaner, sa
 			return nil, fmt.Errorf("%w; scripts/deps bench installs or names what is missing", err)
 		}
 	}
-	store := &imageStore{dir: filepath.Join(dir, "images"), size: o.size, built: map[string]*image{}, say: say}
+	store := &imageStore{dir: filepath.Join(dir, "images"), size: o.size, built: map[string]*image{}, cleanup: cleanup, say: say}
 	free, err := freeSpace(dir)
 	if err != nil {
 		return nil, err
@@ -226,7 +237,7 @@ func newRunner(ctx context.Context, o *options, dir string, cleanup *cleaner, sa
 	if need := store.need(); free < need {
 		return nil, fmt.Errorf("%s: %d MiB are free and %d MiB needed; see -dir and -size", o.dir, free>>20, need>>20)
 	}
-	s := &servers{dir: filepath.Join(dir, "mounts"), mountImage: o.mountImage, cleanup: cleanup}
+	s := &servers{dir: filepath.Join(dir, "mounts"), mountImage: o.mountImage, transport: o.transport, cleanup: cleanup}
 	for _, d := range []string{store.dir, s.dir} {
 		if err := os.Mkdir(d, 0o755); err != nil {
 			return nil, err
@@ -278,9 +289,9 @@ func report(o *options, doc *document, results []*lineResult) error {
 func printHead(w io.Writer, d *document) error {
 	m, s := d.Machine, d.Settings
 	_, err := fmt.Fprintf(w, `%s, %d processors, %.0f GiB, Linux %s, images on %s; %s, %s, %s
-imagestack %s; %s run: disk of %d MiB, %d pairs, %.1f s each; load average %.1f at the start
+imagestack %s, requests over %s; %s run: disk of %d MiB, %d pairs, %.1f s each; load average %.1f at the start
 `, m.CPU, m.Processors, m.MemoryGiB, m.Kernel, m.Filesystem, m.Fio, m.QSD, m.Go,
-		m.Revision, s.Mode, s.Size>>20, s.Pairs, s.Runtime, m.Load)
+		m.Revision, s.Transport, s.Mode, s.Size>>20, s.Pairs, s.Runtime, m.Load)
 	return err
 }
 

@@ -32,6 +32,7 @@ const (
 type servers struct {
 	dir        string // for mount points
 	mountImage string // binary
+	transport  string // its --transport
 	cleanup    *cleaner
 	n          int // mount points made
 }
@@ -75,7 +76,10 @@ func (s *servers) mountImageArgs(img *image, dir string, writable bool) []string
 	if filepath.Ext(img.top()) == ".qcow2" {
 		format = "qcow2" // of the top: an overlay may stand on another format
 	}
-	argv := []string{s.mountImage, "--format=" + format}
+	argv := []string{s.mountImage, "--format=" + format, "--transport=" + s.transport}
+	if img.name == imgFlat {
+		argv = append(argv, "--flat")
+	}
 	if writable {
 		argv = append(argv, "-w")
 	}
@@ -114,8 +118,11 @@ func qsdArgs(img *image, mountpoint, pidfile string, writable bool) []string {
 	for i := len(img.layers) - 1; i >= 0; i-- {
 		path := img.layers[i]
 		driver := "qcow2"
-		if filepath.Ext(path) == ".hds" {
+		switch filepath.Ext(path) {
+		case ".hds":
 			driver = "parallels"
+		case ".raw":
+			driver = "raw"
 		}
 		file := fmt.Sprintf("driver=file,node-name=f%d,filename=%s", i, path)
 		node := fmt.Sprintf("driver=%s,node-name=l%d,file=f%d", driver, i, i)
@@ -126,7 +133,7 @@ func qsdArgs(img *image, mountpoint, pidfile string, writable bool) []string {
 			file += ",read-only=on"
 			node += ",read-only=on"
 		}
-		if driver == "qcow2" { // parallels has no parent here
+		if driver == "qcow2" { // the others have no parent
 			node += ",backing=" + below
 		}
 		below = fmt.Sprintf("l%d", i)

@@ -28,6 +28,8 @@ func (r *lineResult) compare(pairs int) []comparison {
 			c.goal = r.goal
 		case peerOurs:
 			c.goal = r.selfTo
+		case peerBare:
+			c.goal = r.bareGoal
 		}
 		c.stats = summarize(ratios(ours.values(pairs), s.values(pairs), r.lowerIsBetter()))
 		out = append(out, c)
@@ -155,12 +157,16 @@ func printTable(w io.Writer, results []*lineResult, pairs int) error {
 			cells[s] = "–"
 		}
 		var vsQSD, vsBare stats
+		bare := ""
 		for _, c := range r.compare(pairs) {
 			switch c.with.peer {
 			case peerQSD:
 				vsQSD = c.stats
 			case peerBare:
 				vsBare = c.stats
+				if c.goal > 0 {
+					bare = "; goal " + goalCell(c.goal, c.stats)
+				}
 			}
 		}
 		for _, s := range r.subjects {
@@ -173,7 +179,7 @@ func printTable(w io.Writer, results []*lineResult, pairs int) error {
 			cpu = cpuCell(r.find(peerOurs, r.image)) + " / " + cpuCell(r.find(peerQSD, r.image))
 		}
 		fmt.Fprintf(w, "| %s | %s | %s | %s | %s | %s | %s | %s | %s | %s |\n", r.name, r.unit(), cells[peerOurs], cells[peerQSD],
-			cells[peerBare], ratioCell(vsQSD), goalCell(r.goal, vsQSD), ratioCell(vsBare), cpu, r.notes(pairs))
+			cells[peerBare], ratioCell(vsQSD), goalCell(r.goal, vsQSD), ratioCell(vsBare)+bare, cpu, r.notes(pairs))
 	}
 	return printServers(w, results, pairs)
 }

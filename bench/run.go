@@ -120,7 +120,7 @@ func (r *runner) measure(ctx context.Context, l line) *lineResult {
 	start := time.Now()
 	res := &lineResult{line: l}
 	defer func() { res.took = time.Since(start) }()
-	if l.loop || l.kind == kindPageCache {
+	if l.loop || l.bareLoop || l.kind == kindPageCache {
 		if os.Geteuid() != 0 {
 			res.reason = "loop devices need root"
 			return res
@@ -215,7 +215,7 @@ func (r *runner) prepare(ctx context.Context, l *line, s *subject) (err error) {
 
 // serve starts the server of a subject and, for a loop line, the loop device.
 func (r *runner) serve(ctx context.Context, l *line, s *subject) (err error) {
-	onLoop := l.loop || l.kind == kindPageCache
+	onLoop := l.loop || l.kind == kindPageCache || l.bareLoop && s.peer == peerBare
 	if s.srv, err = r.servers.start(ctx, s.peer, s.img, l.write, onLoop); err != nil {
 		s.srv = nil
 		return err
@@ -249,7 +249,7 @@ func (r *runner) fio(l *line, s *subject, runtime time.Duration) *fioRun {
 	f.direct = !l.cached && (!bare || l.cold)
 	f.invalidate = l.cached && !bare
 	if s.loop != nil {
-		f.file, f.direct, f.invalidate = s.loop.device, true, false
+		f.file, f.direct, f.invalidate = s.loop.device, !l.cached, false
 	}
 	return f
 }
