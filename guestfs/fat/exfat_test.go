@@ -3,7 +3,6 @@ package fat
 import (
 	"bytes"
 	"encoding/binary"
-	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -68,15 +67,12 @@ func TestAgainstDumpExfat(t *testing.T) {
 			before := guesttest.Tree(t, dir)
 			umount()
 			exactExFAT(t, path, "aged")
-			got, info, err := guesttest.Judge(t, path, FreeExFAT)
+			_, info, err := guesttest.Judge(t, path, FreeExFAT)
 			if err != nil || v.name == "named" && info.Label != "Guest" {
 				t.Fatalf("%+v %v", info, err)
 			}
-			guesttest.Trash(t, path, got)
-			imgtest.Run(t, "fsck.exfat", "-n", path)
-			dir, umount = mountExFAT(t, path)
-			guesttest.SameTree(t, guesttest.Tree(t, dir), before)
-			umount()
+			guesttest.TrashKeeps(t, path, FreeExFAT, before, func() { imgtest.Run(t, "fsck.exfat", "-n", path) },
+				func() (string, func()) { return mountExFAT(t, path) })
 		})
 	}
 }
@@ -87,11 +83,7 @@ func agedExFAT(t testing.TB) []byte {
 	dir, umount := mountExFAT(t, path)
 	guesttest.Age(t, dir, 2, 60, 40_000)
 	umount()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return guesttest.Bytes(t, path)
 }
 
 // resumExFAT makes the checksum of the boot region right again.
@@ -122,27 +114,18 @@ func TestRefusalsExFAT(t *testing.T) {
 	base := agedExFAT(t)
 	le := binary.LittleEndian
 	const backup = 12 * 512
-	for _, c := range []struct {
-		name   string
-		breaks func(b []byte)
-		want   freespace.Code
-	}{
-		{"dirty", func(b []byte) { b[106] |= 2 }, freespace.NotClean},
-		{"media failure", func(b []byte) { b[106] |= 4 }, freespace.ErrorState},
-		{"second table", func(b []byte) { b[106] |= 1 }, freespace.UnknownFeature},
-		{"TexFAT", func(b []byte) { b[110], b[backup+110] = 2, 2 }, freespace.Unsupported},
-		{"revision", func(b []byte) { b[105], b[backup+105] = 2, 2 }, freespace.Unsupported},
-		{"larger", func(b []byte) { le.PutUint64(b[72:], 1<<40); le.PutUint64(b[backup+72:], 1<<40) }, freespace.Truncated},
-		{"larger than the copy", func(b []byte) { le.PutUint64(b[72:], 1<<40) }, freespace.Damaged},
-		{"clusters", func(b []byte) { b[92]-- }, freespace.Damaged},
-		{"sectors", func(b []byte) { b[108] = 60 }, freespace.Damaged},
-	} {
-		b := bytes.Clone(base)
-		c.breaks(b)
-		resumExFAT(b)
-		_, _, err := guesttest.JudgeAt(bytes.NewReader(b), int64(len(b)), FreeExFAT)
-		guesttest.Refused(t, c.name, err, c.want)
-	}
+	broken := guesttest.Broken
+	guesttest.Refusals(t, base, FreeExFAT, resumExFAT, []guesttest.Refusal{
+		broken("dirty", nil, func(b []byte) { b[106] |= 2 }, freespace.NotClean),
+		broken("media failure", nil, func(b []byte) { b[106] |= 4 }, freespace.ErrorState),
+		broken("second table", nil, func(b []byte) { b[106] |= 1 }, freespace.UnknownFeature),
+		broken("TexFAT", nil, func(b []byte) { b[110], b[backup+110] = 2, 2 }, freespace.Unsupported),
+		broken("revision", nil, func(b []byte) { b[105], b[backup+105] = 2, 2 }, freespace.Unsupported),
+		broken("larger", nil, func(b []byte) { le.PutUint64(b[72:], 1<<40); le.PutUint64(b[backup+72:], 1<<40) }, freespace.Truncated),
+		broken("larger than the copy", nil, func(b []byte) { le.PutUint64(b[72:], 1<<40) }, freespace.Damaged),
+		broken("clusters", nil, func(b []byte) { b[92]-- }, freespace.Damaged),
+		broken("sectors", nil, func(b []byte) { b[108] = 60 }, freespace.Damaged),
+	})
 	_, _, err := guesttest.JudgeAt(bytes.NewReader(base), int64(len(base))-4096, FreeExFAT)
 	guesttest.Refused(t, "truncated", err, freespace.Truncated)
 

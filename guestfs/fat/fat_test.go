@@ -165,11 +165,7 @@ func aged(t testing.TB, size int64, args string) []byte {
 	t.Helper()
 	path := mkfs(t, size, args)
 	age(t, path, 1, 20_000)
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return guesttest.Bytes(t, path)
 }
 
 func TestDamagedByte(t *testing.T) {
@@ -204,39 +200,30 @@ func TestRefusals(t *testing.T) {
 			}
 		}
 	}
-	for _, c := range []struct {
-		name   string
-		base   []byte
-		breaks func(b []byte)
-		want   freespace.Code
-	}{
-		{"mounted 16", base16, func(b []byte) { b[37] |= 1 }, freespace.NotClean},
-		{"mounted 32", base32, func(b []byte) { b[65] |= 1 }, freespace.NotClean},
-		{"not clean 16", base16, func(b []byte) { both(b, 1, 0x7fff) }, freespace.NotClean},
-		{"not clean 32", base32, func(b []byte) { both(b, 1, 0x07ffffff) }, freespace.NotClean},
-		{"errors 16", base16, func(b []byte) { both(b, 1, 0xbfff) }, freespace.ErrorState},
-		{"errors 32", base32, func(b []byte) { both(b, 1, 0x0bffffff) }, freespace.ErrorState},
-		{"a copy differs", base32, func(b []byte) {
+	broken := guesttest.Broken
+	guesttest.Refusals(t, nil, Free, nil, []guesttest.Refusal{
+		broken("mounted 16", base16, func(b []byte) { b[37] |= 1 }, freespace.NotClean),
+		broken("mounted 32", base32, func(b []byte) { b[65] |= 1 }, freespace.NotClean),
+		broken("not clean 16", base16, func(b []byte) { both(b, 1, 0x7fff) }, freespace.NotClean),
+		broken("not clean 32", base32, func(b []byte) { both(b, 1, 0x07ffffff) }, freespace.NotClean),
+		broken("errors 16", base16, func(b []byte) { both(b, 1, 0xbfff) }, freespace.ErrorState),
+		broken("errors 32", base32, func(b []byte) { both(b, 1, 0x0bffffff) }, freespace.ErrorState),
+		broken("a copy differs", base32, func(b []byte) {
 			g, _ := decode(b, int64(len(b)))
 			b[g.tableStart+g.tableBytes+4000] ^= 1
-		}, freespace.Damaged},
-		{"into free space", base16, func(b []byte) { both(b, 2, 9000) }, freespace.Damaged},
-		{"outside", base32, func(b []byte) { both(b, 3, 0x0ffffff0) }, freespace.Damaged},
-		{"crossed", base32, func(b []byte) { both(b, 90_000, 90_002); both(b, 90_001, 90_002); both(b, 90_002, 0x0fffffff) }, freespace.Damaged},
-		{"no root", base32, func(b []byte) { both(b, 2, 0) }, freespace.Damaged},
-		{"media", base32, func(b []byte) { both(b, 0, 0x0ffffff0) }, freespace.Damaged},
-		{"not mirrored", base32, func(b []byte) { b[40] |= 0x80 }, freespace.Unsupported},
-		{"version", base32, func(b []byte) { b[42] = 1 }, freespace.Unsupported},
-		{"three tables", base32, func(b []byte) { b[16] = 3 }, freespace.Unsupported},
-		{"name", base16, func(b []byte) { b[58] = '2' }, freespace.Ambiguous},
-		{"backup", base32, func(b []byte) { b[6*512+13] = 8 }, freespace.Damaged},
-		{"larger", base16, func(b []byte) { le.PutUint16(b[19:], 0xffff) }, freespace.Truncated},
-	} {
-		b := bytes.Clone(c.base)
-		c.breaks(b)
-		_, _, err := guesttest.JudgeAt(bytes.NewReader(b), int64(len(b)), Free)
-		guesttest.Refused(t, c.name, err, c.want)
-	}
+		}, freespace.Damaged),
+		broken("into free space", base16, func(b []byte) { both(b, 2, 9000) }, freespace.Damaged),
+		broken("outside", base32, func(b []byte) { both(b, 3, 0x0ffffff0) }, freespace.Damaged),
+		broken("crossed", base32, func(b []byte) { both(b, 90_000, 90_002); both(b, 90_001, 90_002); both(b, 90_002, 0x0fffffff) }, freespace.Damaged),
+		broken("no root", base32, func(b []byte) { both(b, 2, 0) }, freespace.Damaged),
+		broken("media", base32, func(b []byte) { both(b, 0, 0x0ffffff0) }, freespace.Damaged),
+		broken("not mirrored", base32, func(b []byte) { b[40] |= 0x80 }, freespace.Unsupported),
+		broken("version", base32, func(b []byte) { b[42] = 1 }, freespace.Unsupported),
+		broken("three tables", base32, func(b []byte) { b[16] = 3 }, freespace.Unsupported),
+		broken("name", base16, func(b []byte) { b[58] = '2' }, freespace.Ambiguous),
+		broken("backup", base32, func(b []byte) { b[6*512+13] = 8 }, freespace.Damaged),
+		broken("larger", base16, func(b []byte) { le.PutUint16(b[19:], 0xffff) }, freespace.Truncated),
+	})
 	// Linux takes a FAT32 with few clusters for one, Windows for a FAT16.
 	_, _, err := guesttest.Judge(t, mkfs(t, 20<<20, "-F 32 -s 1"), Free)
 	guesttest.Refused(t, "small FAT32", err, freespace.Ambiguous)

@@ -89,15 +89,8 @@ func TestAgainstNtfsclone(t *testing.T) {
 			if v.name == "named" && info.Label != "Guest" {
 				t.Errorf("label %q", info.Label)
 			}
-			got, _, err := guesttest.Judge(t, path, Free)
-			if err != nil {
-				t.Fatal(err)
-			}
-			guesttest.Trash(t, path, got)
-			imgtest.Run(t, "ntfsfix", "-n", path)
-			dir, umount = mount(t, path, "ro")
-			guesttest.SameTree(t, guesttest.Tree(t, dir), before)
-			umount()
+			guesttest.TrashKeeps(t, path, Free, before, func() { imgtest.Run(t, "ntfsfix", "-n", path) },
+				func() (string, func()) { return mount(t, path, "ro") })
 		})
 	}
 }
@@ -193,11 +186,7 @@ func aged(t testing.TB) []byte {
 	dir, umount := mount(t, path)
 	guesttest.Age(t, dir, 3, 60, 100_000)
 	umount()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return guesttest.Bytes(t, path)
 }
 
 func TestDamagedByte(t *testing.T) {
@@ -270,38 +259,24 @@ func TestRefusals(t *testing.T) {
 		le.PutUint16(b[48+12:], client)
 		le.PutUint16(b[48+14:], flags)
 	}
-	for _, c := range []struct {
-		name   string
-		breaks func(b []byte)
-		want   freespace.Code
-	}{
-		{"dirty", func(b []byte) { info(b)[10] |= 1 }, freespace.NotClean},
-		{"unknown flag", func(b []byte) { info(b)[11] |= 1 }, freespace.NotClean},
-		{"mounted on NT 4", func(b []byte) { info(b)[10] |= 8 }, ""},
-		{"version", func(b []byte) { info(b)[8] = 4 }, freespace.UnknownFeature},
-		{"log of anything", func(b []byte) { copy(logAt(b), "RCRD") }, freespace.NotClean},
-		{"log in use", func(b []byte) { restart(logAt(b), 5, 0, 0); restart(logAt(b)[4096:], 4, 0xffff, 2) }, freespace.NotClean},
-		{"log clean", func(b []byte) { restart(logAt(b), 5, 0xffff, 2); restart(logAt(b)[4096:], 4, 0, 0) }, ""},
-		{"log with one page", func(b []byte) { restart(logAt(b), 5, 0xffff, 2) }, freespace.NotClean},
-		{"torn record", func(b []byte) { record(b, recordBitmap)[510] ^= 1 }, freespace.Damaged},
-		{"not a record", func(b []byte) { copy(record(b, 64), "BAAD") }, freespace.Damaged},
-		{"deleted record", func(b []byte) { record(b, 64)[22] &^= 1 }, freespace.Damaged},
-		{"shadow copies", func(b []byte) { copy(b[shadowAt:], shadowID); b[shadowAt+shadowCatalog+2] = 1 }, freespace.Unsupported},
-		{"no shadow copies any more", func(b []byte) { copy(b[shadowAt:], shadowID) }, ""},
-		{"attribute list of anything", func(b []byte) { attrAt(record(b, recordMFT), attrFileName)[0] = attrList }, freespace.Damaged},
-		{"attribute list of $Volume", func(b []byte) { attrAt(record(b, recordVolume), attrFileName)[0] = attrList }, freespace.Unsupported},
-	} {
-		b := bytes.Clone(base)
-		c.breaks(b)
-		_, _, err := guesttest.JudgeAt(bytes.NewReader(b), int64(len(b)), Free)
-		if c.want == "" {
-			if err != nil {
-				t.Errorf("%s: %v", c.name, err)
-			}
-			continue
-		}
-		guesttest.Refused(t, c.name, err, c.want)
-	}
+	broken := guesttest.Broken
+	guesttest.Refusals(t, base, Free, nil, []guesttest.Refusal{
+		broken("dirty", nil, func(b []byte) { info(b)[10] |= 1 }, freespace.NotClean),
+		broken("unknown flag", nil, func(b []byte) { info(b)[11] |= 1 }, freespace.NotClean),
+		broken("mounted on NT 4", nil, func(b []byte) { info(b)[10] |= 8 }, ""),
+		broken("version", nil, func(b []byte) { info(b)[8] = 4 }, freespace.UnknownFeature),
+		broken("log of anything", nil, func(b []byte) { copy(logAt(b), "RCRD") }, freespace.NotClean),
+		broken("log in use", nil, func(b []byte) { restart(logAt(b), 5, 0, 0); restart(logAt(b)[4096:], 4, 0xffff, 2) }, freespace.NotClean),
+		broken("log clean", nil, func(b []byte) { restart(logAt(b), 5, 0xffff, 2); restart(logAt(b)[4096:], 4, 0, 0) }, ""),
+		broken("log with one page", nil, func(b []byte) { restart(logAt(b), 5, 0xffff, 2) }, freespace.NotClean),
+		broken("torn record", nil, func(b []byte) { record(b, recordBitmap)[510] ^= 1 }, freespace.Damaged),
+		broken("not a record", nil, func(b []byte) { copy(record(b, 64), "BAAD") }, freespace.Damaged),
+		broken("deleted record", nil, func(b []byte) { record(b, 64)[22] &^= 1 }, freespace.Damaged),
+		broken("shadow copies", nil, func(b []byte) { copy(b[shadowAt:], shadowID); b[shadowAt+shadowCatalog+2] = 1 }, freespace.Unsupported),
+		broken("no shadow copies any more", nil, func(b []byte) { copy(b[shadowAt:], shadowID) }, ""),
+		broken("attribute list of anything", nil, func(b []byte) { attrAt(record(b, recordMFT), attrFileName)[0] = attrList }, freespace.Damaged),
+		broken("attribute list of $Volume", nil, func(b []byte) { attrAt(record(b, recordVolume), attrFileName)[0] = attrList }, freespace.Unsupported),
+	})
 	_, _, err := guesttest.JudgeAt(bytes.NewReader(base), int64(len(base))-65536, Free)
 	guesttest.Refused(t, "truncated", err, freespace.Truncated)
 }

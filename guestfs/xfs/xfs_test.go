@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"io"
 	"math/rand/v2"
-	"os"
 	"strconv"
 	"strings"
 	"testing"
@@ -189,11 +188,7 @@ func agedImage(t testing.TB) []byte {
 	dir, umount := guesttest.Mount(t, path)
 	guesttest.Age(t, dir, 5, 250, 60_000)
 	umount()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
+	return guesttest.Bytes(t, path)
 }
 
 // Whatever byte changes in anything that is read, no more becomes free.
@@ -244,30 +239,21 @@ func TestRefusals(t *testing.T) {
 	or := func(at int, v uint32) func([]byte) {
 		return func(b []byte) { be.PutUint32(b[at:], be.Uint32(b[at:])|v) }
 	}
-	for _, c := range []struct {
-		name   string
-		breaks func(b []byte)
-		want   freespace.Code
-	}{
-		{"needsrepair", or(216, incompatNeedsRepair), freespace.ErrorState},
-		{"unknown incompat", or(216, 1<<20), freespace.UnknownFeature},
-		{"unknown ro_compat", or(212, 1<<20), freespace.UnknownFeature},
-		{"log features", or(220, 1), freespace.UnknownFeature},
-		{"version", func(b []byte) { b[101] = b[101]&0xf0 | 6 }, freespace.UnknownFeature},
-		{"realtime", put(20, 100), freespace.Unsupported},
-		{"external log", func(b []byte) { clear(b[48:56]) }, freespace.Unsupported},
-		{"mkfs interrupted", func(b []byte) { b[126] = 1 }, freespace.NotClean},
-		{"free blocks", func(b []byte) { b[151] ^= 1 }, freespace.CountMismatch},
-		{"groups", put(88, 77), freespace.Damaged},
-		{"group size", put(84, 0), freespace.Damaged},
-		{"other UUID", func(b []byte) { b[33] ^= 1 }, freespace.Damaged},
-	} {
-		b := bytes.Clone(base)
-		c.breaks(b)
-		resum(b)
-		_, err := free(bytes.NewReader(b), int64(len(b)))
-		guesttest.Refused(t, c.name, err, c.want)
-	}
+	broken := guesttest.Broken
+	guesttest.Refusals(t, base, Free, resum, []guesttest.Refusal{
+		broken("needsrepair", nil, or(216, incompatNeedsRepair), freespace.ErrorState),
+		broken("unknown incompat", nil, or(216, 1<<20), freespace.UnknownFeature),
+		broken("unknown ro_compat", nil, or(212, 1<<20), freespace.UnknownFeature),
+		broken("log features", nil, or(220, 1), freespace.UnknownFeature),
+		broken("version", nil, func(b []byte) { b[101] = b[101]&0xf0 | 6 }, freespace.UnknownFeature),
+		broken("realtime", nil, put(20, 100), freespace.Unsupported),
+		broken("external log", nil, func(b []byte) { clear(b[48:56]) }, freespace.Unsupported),
+		broken("mkfs interrupted", nil, func(b []byte) { b[126] = 1 }, freespace.NotClean),
+		broken("free blocks", nil, func(b []byte) { b[151] ^= 1 }, freespace.CountMismatch),
+		broken("groups", nil, put(88, 77), freespace.Damaged),
+		broken("group size", nil, put(84, 0), freespace.Damaged),
+		broken("other UUID", nil, func(b []byte) { b[33] ^= 1 }, freespace.Damaged),
+	})
 	_, err := free(bytes.NewReader(base), int64(len(base))-4096)
 	guesttest.Refused(t, "truncated", err, freespace.Truncated)
 }

@@ -7,7 +7,38 @@ import (
 	"testing"
 
 	"github.com/imagestack/imagestack/guestfs/freespace"
+	"github.com/imagestack/imagestack/internal/imgtest/mutate"
 )
+
+// Recorded is a fuzz target that changes numbers of recorded filesystems, whose
+// checksums are then made right again. Whatever becomes of them, the reader
+// judges or refuses, and calls nothing free below lowest, where its superblock
+// is, or outside.
+func Recorded(f *testing.F, guests []*mutate.Guest, read freespace.Reader, lowest int64) {
+	for i, g := range guests {
+		for n := range g.Fields() {
+			f.Add(byte(i), []byte{0, byte(n >> 8), byte(n), byte(n), byte(3 * n)})
+		}
+		f.Add(byte(i), []byte{1, 0, 3, 0, 3})
+	}
+	f.Fuzz(func(t *testing.T, which byte, script []byte) {
+		s := guests[int(which)%len(guests)].Damage(script)
+		c := freespace.NewCollector(1<<16, 1)
+		if _, err := read(t.Context(), s, s.Size(), c.Add); err != nil {
+			if freespace.AsRefusal(err) == nil {
+				t.Errorf("no refusal: %v", err)
+			}
+			return
+		}
+		last := int64(-1)
+		for _, r := range c.Ranges() {
+			if r.Off <= last || r.Len <= 0 || r.Off > s.Size()-r.Len || r.Off < lowest {
+				t.Fatalf("range %+v behind %d on %d bytes", r, last, s.Size())
+			}
+			last = r.End()
+		}
+	})
+}
 
 // Edits is a fuzz target that changes bytes of an image where a reader looks
 // at it. The image is too large to be an input itself: an input is a list of

@@ -56,13 +56,63 @@ func Exact(t testing.TB, path, when string, read freespace.Reader, want *blockma
 	return info
 }
 
-// Refused fails the test unless err is a refusal with the code.
+// Refused fails the test unless err is a refusal with the code; no error is
+// wanted with no code.
 func Refused(t testing.TB, what string, err error, want freespace.Code) {
 	t.Helper()
 	var r *freespace.Refusal
+	if want == "" {
+		if err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		return
+	}
 	if !errors.As(err, &r) || r.Code != want {
 		t.Errorf("%s: %v, want %s", what, err, want)
 	}
+}
+
+// Refusal is a way to break a filesystem, and the code of its refusal ("": it
+// is judged).
+type Refusal struct {
+	Name   string
+	Base   []byte // nil: that of Refusals
+	Breaks func(b []byte)
+	Want   freespace.Code
+}
+
+// Broken is a Refusal of an image of its own, or of that of Refusals.
+func Broken(name string, base []byte, breaks func(b []byte), want freespace.Code) Refusal {
+	return Refusal{Name: name, Base: base, Breaks: breaks, Want: want}
+}
+
+// Refusals breaks a copy of base in each of the ways; resum, unless it is nil,
+// makes checksums right again.
+func Refusals(t *testing.T, base []byte, read freespace.Reader, resum func(b []byte), all []Refusal) {
+	t.Helper()
+	for _, c := range all {
+		b := c.Base
+		if b == nil {
+			b = base
+		}
+		b = bytes.Clone(b)
+		c.Breaks(b)
+		if resum != nil {
+			resum(b)
+		}
+		_, _, err := JudgeAt(bytes.NewReader(b), int64(len(b)), read)
+		Refused(t, c.Name, err, c.Want)
+	}
+}
+
+// Bytes is what a file holds.
+func Bytes(t testing.TB, path string) []byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
 }
 
 // Traced notes which bytes are read.
@@ -143,6 +193,21 @@ func Trash(t testing.TB, path string, free *blockmap.Set) {
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TrashKeeps overwrites what read calls free in an image, lets check look at
+// it, and fails the test unless mount then shows the tree as it was.
+func TrashKeeps(t testing.TB, path string, read freespace.Reader, tree map[string][sha256.Size]byte, check func(), mount func() (dir string, umount func())) {
+	t.Helper()
+	got, _, err := Judge(t, path, read)
+	if err != nil {
+		t.Fatal(err)
+	}
+	Trash(t, path, got)
+	check()
+	dir, umount := mount()
+	SameTree(t, Tree(t, dir), tree)
+	umount()
 }
 
 // Tree is a hash of every file below dir, by name.
