@@ -364,6 +364,7 @@ func (j *job) begin() (bool, error) {
 	if r, ok := j.t.reloc.(interface{ ResumeRelocation() }); ok && j.t.ours {
 		r.ResumeRelocation() // the mark of an image in use is ours
 	}
-	err := j.t.reloc.BeginRelocation(j.ctx, func(done, total int64) { j.report(PhaseCheck, done, total) })
+	size := j.r.Before.Apparent
+	err := j.t.reloc.BeginRelocation(j.ctx, func(done, total int64) { j.report(PhaseCheck, size/max(total, 1)*done, size) })
 	return err == nil, err
 }
