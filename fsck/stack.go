@@ -31,7 +31,7 @@ var (
 		"A parent is not an image of the format that its child states.",
 		"Check the parent as what it is (image-fsck --format). If only the statement is wrong, image-fsck -y --backing-format FORMAT writes the right one into the child.")
 	codeParentDoubt = Register("stack.parent.not-followed", Note,
-		"A parent is not opened: its format is not stated, or doubtful, or it lies outside the permitted directories. Neither it nor anything below was checked.",
+		"A parent is not opened: its format is not stated, or doubtful, or it lies outside the permitted directories. Neither it nor anything below was checked. (Fatal where it is the first image of a bundle: nothing was checked, then.)",
 		"State --backing-format, or permit the directory with --allow-path, if the image is trusted. A format is never guessed, because a guest can make its disk begin like any image; -y writes the one that --backing-format states into the child.")
 	codeParentUnstated = Register("stack.parent.format-unstated", Note,
 		"An image does not state the format of its parent. QEMU guesses it from the content, which a guest can forge.",
@@ -215,6 +215,10 @@ func (s *Stack) checkEnd(ctx context.Context, sink Sink) {
 		return
 	case errors.Is(err, layers.ErrPolicy):
 		f.Code = codeParentDoubt
+		if ie != nil && slices.Contains(s.trace.Descriptors, ie.Path) &&
+			!slices.ContainsFunc(s.trace.Images, func(t open.Traced) bool { return t.Opened }) {
+			f.Severity = Fatal // nothing was checked: not clean
+		}
 		s.fixFormat(&f, ie, sink)
 		return
 	case errors.Is(err, layers.ErrFormat) && below:

@@ -17,7 +17,8 @@ import (
 
 // Children are the qcow2 images that name the image at path as their backing
 // file, as far as they lie in its directory (of a symbolic link: in that of the
-// link and in that of the file) or in one of dirs, not below. Images in other
+// link and in that of the file) or in one of dirs, not below, and not behind
+// links that lead out of these. Images in other
 // directories cannot be found; what cannot be read is passed over, but for
 // dirs themselves.
 func Children(ctx context.Context, path string, dirs ...string) ([]string, error) {
@@ -32,8 +33,15 @@ func Children(ctx context.Context, path string, dirs ...string) ([]string, error
 	if !st.Mode().IsRegular() {
 		own = nil // a device has no siblings
 	}
+	all := append(own, dirs...)
+	var permitted []string
+	for _, dir := range all {
+		if real, err := realPath(dir); err == nil {
+			permitted = append(permitted, real)
+		}
+	}
 	var children, seen []string
-	for i, dir := range append(own, dirs...) {
+	for i, dir := range all {
 		real, err := realPath(dir)
 		if err != nil {
 			return nil, err
@@ -42,7 +50,7 @@ func Children(ctx context.Context, path string, dirs ...string) ([]string, error
 			continue
 		}
 		seen = append(seen, real)
-		found, err := childrenIn(ctx, dir, st)
+		found, err := childrenIn(ctx, dir, st, permitted)
 		if err != nil && (i >= len(own) || ctx.Err() != nil) {
 			return nil, err
 		}
@@ -69,8 +77,15 @@ func Homes(path string) ([]string, error) {
 	return homes, nil
 }
 
-// childrenIn are those in one directory.
-func childrenIn(ctx context.Context, dir string, base os.FileInfo) ([]string, error) {
+// leadsInto reports whether a link leads to a file in one of the directories.
+// Files elsewhere are nobody's business, whoever has put a link to them here.
+func leadsInto(link string, dirs []string) bool {
+	real, err := realPath(link)
+	return err == nil && slices.Contains(dirs, filepath.Dir(real))
+}
+
+// childrenIn are those in one directory; permitted are all that are looked at.
+func childrenIn(ctx context.Context, dir string, base os.FileInfo, permitted []string) ([]string, error) {
 	d, err := os.Open(dir)
 	if err != nil {
 		return nil, err
@@ -90,6 +105,9 @@ func childrenIn(ctx context.Context, dir string, base os.FileInfo) ([]string, er
 				return nil, err
 			}
 			child := filepath.Join(dir, e.Name())
+			if e.Type()&os.ModeSymlink != 0 && !leadsInto(child, permitted) {
+				continue
+			}
 			st, err := os.Stat(child) // what a link leads to, too
 			if err != nil || !st.Mode().IsRegular() || os.SameFile(st, base) {
 				continue
