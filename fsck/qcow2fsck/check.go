@@ -82,6 +82,7 @@ type check struct {
 	doubtAll bool           // there were too many of these to look at all
 	end      int64          // clusters of the file as the repair will have it
 	cursor   int64          // of the search for free clusters
+	many     int64          // of that for several side by side
 	leaks    bool
 
 	external   bool

@@ -13,7 +13,11 @@ import (
 // not let them. The streams are copied as they are, each to a place of its own,
 // so that nothing is lost; as many stay as can be counted.
 func (c *check) spread(cluster int64, packed []owner) {
-	var move []owner
+	type moving struct {
+		owner
+		n uint32 // bytes that the stream needs
+	}
+	var move []moving
 	stay := uint64(0)
 	for _, o := range packed {
 		switch w := uint64(o.weight); {
@@ -23,7 +27,10 @@ func (c *check) spread(cluster int64, packed []owner) {
 		case w > c.maxCount():
 			// The table that names it is shared by more snapshots than that.
 		default:
-			move = append(move, o)
+			// What does not decode is left: it is not known how long it is.
+			if n, ok := c.needs(o.e.off, o.e.n); ok {
+				move = append(move, moving{o, n})
+			}
 		}
 	}
 	if len(move) == 0 {
@@ -38,18 +45,15 @@ func (c *check) spread(cluster int64, packed []owner) {
 		return
 	}
 	for k := range move {
-		if !c.spreadOne(&move[k]) {
+		if !c.spreadOne(&move[k].owner, move[k].n) {
 			return
 		}
 	}
 }
 
-// spreadOne gives one compressed cluster a place of its own.
-func (c *check) spreadOne(o *owner) bool {
-	n, ok := c.needs(o.e.off, o.e.n)
-	if !ok {
-		n = o.e.n // what does not decode is not made worse
-	}
+// spreadOne gives one compressed cluster, a stream of n bytes, a place of its
+// own.
+func (c *check) spreadOne(o *owner, n uint32) bool {
 	to, ok := c.alloc((int64(n)+c.cs-1)>>c.bits, o.weight, fPacked)
 	if !ok {
 		return false

@@ -130,21 +130,31 @@ func (c *check) alloc(n int64, w uint32, fl uint8) (int64, bool) {
 	inside := func(counted bool) (int64, bool) {
 		hi := min(c.cells.hi.Load(), c.end)
 		run := int64(0)
-		for at := max(c.cursor, 1); at < hi; at++ {
+		start := max(c.cursor, 1)
+		if n > 1 && counted {
+			start = max(start, c.many)
+		}
+		for at := start; at < hi; at++ {
 			used, _ := c.cells.get(at)
 			if used != 0 || c.fresh[at] || c.sources[at] || c.errors.Load() > 0 || !counted && c.stored(at) != 0 {
 				run = 0
 				continue
 			}
 			if run++; run == n {
-				if n == 1 {
+				switch {
+				case n == 1:
 					c.cursor = at + 1
+				case counted:
+					c.many = at + 1
 				}
 				return at - n + 1, true
 			}
 		}
-		if n == 1 && counted {
-			c.cursor = hi // nothing is left
+		switch { // nothing is left
+		case n == 1 && counted:
+			c.cursor = hi
+		case counted:
+			c.many = hi
 		}
 		return 0, false
 	}
@@ -165,7 +175,7 @@ func (c *check) alloc(n int64, w uint32, fl uint8) (int64, bool) {
 		var err error
 		if at, ok, err = behind(); err != nil {
 			if at, ok = inside(false); !ok {
-				c.cursor = c.cells.lo
+				c.cursor, c.many = c.cells.lo, 0
 				if at, ok = inside(true); !ok {
 					return 0, c.planned(err)
 				}

@@ -29,6 +29,7 @@ var (
 // that a cluster is given against the guest. A cluster that was left out is in
 // order; one in a wrong place is not.
 func TestAged(t *testing.T) {
+	t.Parallel()
 	if *agedTime == 0 {
 		seeds := []uint64{120, 126, 2028}
 		if *agedSeed != 0 {
