@@ -56,15 +56,7 @@ func TestChildrenElsewhere(t *testing.T) {
 	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", link, filepath.Join(other, "child"))
 	refused("in a named directory", base, rewrite.Options{ChildDirs: []string{other}})
 	refused("in a named directory, behind a link", link, rewrite.Options{ChildDirs: []string{t.TempDir(), other}})
-	// A link to the child stands for it.
-	if err := os.Symlink(filepath.Join(other, "child"), child); err != nil {
-		t.Fatal(err)
-	}
-	refused("a link to a child", base, rewrite.Options{})
 	// The control: nothing else is in the way.
-	if err := os.Remove(child); err != nil {
-		t.Fatal(err)
-	}
 	if _, err := rewrite.Compact(t.Context(), link, rewrite.Options{ChildDirs: []string{home}}); err != nil {
 		t.Error(err)
 	}

@@ -132,7 +132,7 @@ func (ed *editor) countable() int64 {
 }
 
 // maxCensusParts is the number of parts that may be looked at. 16 TiB in
-// clusters of 64 KiB have 5, or 17 with wide words; a file with holes of exabytes may have any
+// clusters of 64 KiB have 6, or 22 with wide words; a file with holes of exabytes may have any
 // number.
 const maxCensusParts = 1024
 
@@ -263,6 +263,15 @@ func (img *Image) unknownOwner() string {
 		}
 	}
 	return ""
+}
+
+// Leaked is the bytes that BeginRelocation has found counted and not
+// referenced.
+func (img *Image) Leaked() int64 {
+	if img.ed == nil || img.ed.census == nil {
+		return 0
+	}
+	return img.ed.census.leaked << img.clusterBits
 }
 
 // FreeLeaks implements layers.Relocator. Counts that are too high for the

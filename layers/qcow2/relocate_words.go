@@ -24,7 +24,7 @@ const (
 )
 
 // censusBytes is the memory for the words.
-const censusBytes = 64 << 20
+const censusBytes = 48 << 20
 
 // Errors of add.
 var (

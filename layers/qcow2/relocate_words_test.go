@@ -82,6 +82,9 @@ func TestCensusInParts(t *testing.T) {
 			if part > 0 && ed.census.parts.GetCardinality() < 2 {
 				t.Errorf("%v parts", ed.census.parts)
 			}
+			if n := img.Leaked(); n != leaked*img.clusterSize {
+				t.Errorf("%d bytes leaked, want %d clusters", n, leaked)
+			}
 			got := ed.census.leaked
 			freed, err := img.FreeLeaks(ctx)
 			if err != nil || got != leaked || freed != leaked*img.clusterSize {
