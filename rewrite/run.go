@@ -7,6 +7,7 @@ import (
 	"math"
 
 	"github.com/RoaringBitmap/roaring/v2/roaring64"
+	"golang.org/x/sys/unix"
 
 	"github.com/imagestack/imagestack/layers"
 )
@@ -21,6 +22,9 @@ type job struct {
 	// beside is the length of an external data file, which is a part of
 	// Before, After and Ideal and stays.
 	beside int64
+	// unsaved tells that there was no room for the record yet. A run that is
+	// interrupted without one is begun again: the image is consistent anyway.
+	unsaved bool
 	// dropped is what need not be stored, by reason.
 	dropped map[Phase]dropRun
 }
@@ -184,6 +188,9 @@ func (j *job) run() error {
 	if err != nil {
 		return err
 	}
+	if j.unsaved {
+		j.unsaved = j.save() != nil // there is room now, or it is done without
+	}
 	j.report(PhaseLeaks, 0, 1)
 	leaks, err := l.FreeLeaks(j.ctx)
 	if err != nil {
@@ -267,7 +274,9 @@ func (j *job) finish() error {
 // closes the target.
 func (j *job) compact(resume bool) error {
 	j.r.Resumed, j.r.Pending = resume, resume
-	if err := j.t.record.save(newRecord(j.t.name, &j.o)); err != nil {
+	if err := j.save(); errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		j.unsaved = true // who has no room needs this most
+	} else if err != nil {
 		return errors.Join(err, j.t.stack.Close())
 	}
 	begun, err := j.begin()
@@ -288,16 +297,19 @@ func (j *job) compact(resume bool) error {
 		// the run may have left as well; there is nothing to go on with.
 		return errors.Join(err, j.t.record.remove())
 	}
-	j.r.Pending = true
+	j.r.Pending = !j.unsaved
 	if e := j.finish(); err == nil {
 		err = e
 	}
 	if err == nil {
 		err = j.t.record.remove()
 	}
-	j.r.Pending = err != nil
+	j.r.Pending = err != nil && !j.unsaved
 	return err
 }
+
+// save leaves the record.
+func (j *job) save() error { return j.t.record.save(newRecord(j.t.name, &j.o)) }
 
 // abandon frees what an interrupted run left, closes the target and removes
 // the record.

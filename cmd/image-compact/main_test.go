@@ -162,7 +162,7 @@ func TestExplain(t *testing.T) {
 	r = &run{flags: &flags{Image: "my disk.qcow2"}}
 	stopped, stop := context.WithCancel(t.Context())
 	stop()
-	if err := r.explain(stopped, context.Canceled, false); strings.Contains(messageOf(err), "--resume") || !strings.Contains(messageOf(err), "nothing was changed") {
+	if err := r.explain(stopped, context.Canceled, false); strings.Contains(messageOf(err), "--resume") || !strings.Contains(messageOf(err), "begin again") {
 		t.Error(messageOf(err))
 	}
 	if err := r.explain(stopped, context.Canceled, true); !strings.Contains(messageOf(err), "--resume") {

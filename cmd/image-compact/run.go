@@ -185,8 +185,11 @@ func (r *run) explain(ctx context.Context, err error, pending bool) error {
 	case context.Cause(ctx) != nil:
 		// The cause has the exit code of the signal.
 		err = errors.Join(context.Cause(ctx))
-		if r.To != "" || !pending {
+		if r.To != "" || r.No {
 			return cli.WithHint(err, "nothing was changed")
+		}
+		if !pending {
+			return cli.WithHint(err, "stopped at a consistent point, the image can be used; nothing was left, begin again with: image-compact %s", image)
 		}
 		return cli.WithHint(err, "stopped at a consistent point, the image can be used; go on with: image-compact --resume %s, or give up: image-compact --abandon %s", image, image)
 	case errors.Is(err, rewrite.ErrPending):
