@@ -26,7 +26,7 @@ import (
 // one that changes nothing, keeps for one that changes files and not what the
 // guest sees, mounts for a mount.
 func matrixRows() []row {
-	return append(compactRows(), []row{
+	return append(append(compactRows(), fsckRows()...), []row{
 		reads("info, qcow2 chain", qcow2Chain("cluster_size=4096"), "image-stack", "info", "top.qcow2"),
 		reads("info, bundle", smallBundle, "image-stack", "info", "."),
 		reads("info, raw", smallRaw, "image-stack", "info", "disk.raw"),

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
@@ -84,8 +85,12 @@ func (r *run) guest(ctx context.Context) (err error) {
 	}
 	if r.top != "" {
 		act := actDropTop // nothing was repaired
-		if err == nil && doc.Exit&fsck.ExitCorrected != 0 {
+		switch {
+		case err != nil || doc.Exit&fsck.ExitCorrected == 0:
+		case doc.Exit&fsck.ExitOperational == 0:
 			act, doc.NewTop = actKeepTop, r.top
+		default:
+			doc.dropped()
 		}
 		err = errors.Join(err, r.keeper.Ask(context.WithoutCancel(ctx), assistRequest{Act: act}, nil))
 	}
@@ -101,6 +106,17 @@ func (r *run) guest(ctx context.Context) (err error) {
 		return err
 	}
 	return cli.Exit(doc.Exit)
+}
+
+// dropped takes back what repairs say whose new top layer nobody keeps: what
+// they have made of a disk that they could not read would do harm.
+func (doc *guestDoc) dropped() {
+	doc.Exit = doc.Exit&^fsck.ExitCorrected | fsck.ExitUncorrected
+	for i := range doc.Filesystems {
+		if c := &doc.Filesystems[i]; c.Exit&fsck.ExitCorrected != 0 {
+			c.Exit = c.Exit&^fsck.ExitCorrected | fsck.ExitUncorrected
+		}
+	}
 }
 
 func (r *run) printGuest(doc *guestDoc) error {
@@ -180,6 +196,13 @@ func (r *run) guestStack(ctx context.Context, path string, o open.Options, doc *
 		return fmt.Errorf("%s: %w", r.Images[0], err)
 	}
 	fo := fusefs.Options{Image: r.Images[0], PID: os.Getpid(), UID: uint32(os.Geteuid()), GID: uint32(os.Getegid()), Umask: 0o77}
+	// Checkers do not stop at a part of the disk that cannot be read: e2fsck -y
+	// empties what it finds there, and calls that repaired.
+	var unread atomic.Bool
+	fo.Report = func(err error) {
+		unread.Store(true)
+		fmt.Fprint(r.stderr, cli.Message("image-fsck", err))
+	}
 	if r.user != nil { // who runs the checkers
 		fo.UID, fo.GID = uint32(r.user.UID), uint32(r.user.GID)
 	}
@@ -223,6 +246,9 @@ func (r *run) guestStack(ctx context.Context, path string, o open.Options, doc *
 		c := guestCheck{Partition: t.name, Filesystem: kind}
 		if err := r.checkFS(ctx, &c, t.file); err != nil {
 			return err
+		}
+		if unread.Load() {
+			c.Exit |= fsck.ExitOperational
 		}
 		doc.Exit |= c.Exit
 		doc.Filesystems = append(doc.Filesystems, c)

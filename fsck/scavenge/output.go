@@ -184,13 +184,14 @@ func (j *job) finish(ctx context.Context) (err error) {
 	if err := j.im.leftovers(ctx); err != nil {
 		return err
 	}
+	// Before the new image has its name: after an error there is none.
+	if err := j.lost.close(); err != nil {
+		return err
+	}
 	if len(order) > 0 {
 		if err := j.writeNew(ctx, order); err != nil {
 			return err
 		}
-	}
-	if err := j.lost.close(); err != nil {
-		return err
 	}
 	j.unknown(order)
 	r := j.rep

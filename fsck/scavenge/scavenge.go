@@ -137,6 +137,9 @@ func rebuild(ctx context.Context, f backend.File, path, name string, o Options) 
 	}
 	rep.Format, rep.To = o.Format, o.To
 	if err := j.im.prepare(ctx); err != nil {
+		if src.failed != nil {
+			err = fmt.Errorf("%w; the file could not be read: %w", err, src.failed)
+		}
 		return nil, err
 	}
 	if err := j.findPlaces(ctx); err != nil {
@@ -144,6 +147,10 @@ func rebuild(ctx context.Context, f backend.File, path, name string, o Options) 
 	}
 	if err := j.finish(ctx); err != nil {
 		return nil, err
+	}
+	if src.failed != nil {
+		rep.note("what could not be read counts as lost: " + src.failed.Error())
+		rep.Exit |= fsck.ExitUncorrected
 	}
 	return rep, nil
 }

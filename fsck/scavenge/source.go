@@ -27,6 +27,9 @@ type source struct {
 	progress func(pass string, done, total int64)
 	// bad counts bytes that could not be read.
 	bad int64
+	// failed is the first error of the system: what was asked for counts as
+	// lost, and the user has to know why.
+	failed error
 }
 
 // take accounts for n bytes of memory.
@@ -43,7 +46,13 @@ func (s *source) take(n int64, what string) error {
 func (s *source) read(p []byte, off int64) (ok bool) {
 	n, err := s.f.ReadAt(p, off)
 	clear(p[max(n, 0):])
-	return err == nil || errors.Is(err, io.EOF)
+	if err == nil || errors.Is(err, io.EOF) {
+		return true
+	}
+	if s.failed == nil {
+		s.failed = err
+	}
+	return false
 }
 
 // each calls visit for every window of the file that holds data. b reaches up

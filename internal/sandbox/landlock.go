@@ -16,7 +16,7 @@ const (
 	readDir   = readFile | ll.AccessFSReadDir
 	writeFile = ll.AccessFSWriteFile | ll.AccessFSTruncate
 	writeDir  = writeFile | ll.AccessFSMakeReg
-	changeDir = writeDir | ll.AccessFSMakeDir | ll.AccessFSRemoveFile
+	changeDir = writeDir | ll.AccessFSMakeDir | ll.AccessFSRemoveFile | ll.AccessFSRemoveDir
 )
 
 // signalErratum is set where threads of one process may always signal each

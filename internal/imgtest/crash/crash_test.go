@@ -46,7 +46,7 @@ func TestPowerCuts(t *testing.T) {
 		}
 	}
 	// Some operations have no more states than a few.
-	o := crash.Options{States: *states*5/4/len(ops) + 1, Full: *full, Sample: *sample, Seed: *seed, Controls: &controls}
+	o := crash.Options{States: *states*3/2/len(ops) + 1, Full: *full, Sample: *sample, Seed: *seed, Controls: &controls}
 	for _, op := range ops {
 		t.Run(op.Name, func(t *testing.T) {
 			t.Parallel()
