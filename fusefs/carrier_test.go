@@ -94,7 +94,7 @@ func TestCarrierDoesNotAllocate(t *testing.T) {
 			// The reply has the place of the request.
 			binary.NativeEndian.PutUint32(r.Header()[4:], c.op)
 		}
-		if n := testing.AllocsPerRun(100, again); n != 0 && !raceEnabled {
+		if n := testing.AllocsPerRun(100, again); n != 0 && !imgtest.RaceEnabled {
 			t.Errorf("%s: %v allocations", c.name, n)
 		}
 	}

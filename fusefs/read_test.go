@@ -36,7 +36,7 @@ func TestReadDoesNotAllocate(t *testing.T) {
 				}
 				res.Done()
 			})
-			if allocs != 0 && !raceEnabled {
+			if allocs != 0 && !imgtest.RaceEnabled {
 				t.Errorf("inode %d, %d bytes: %v allocations per read", ino, n, allocs)
 			}
 		}

@@ -233,7 +233,7 @@ func (r *hostileRun) start(program string, args ...string) (exit int, stdout, st
 	defer cancel()
 	// Twice the time is the end. (Not the limit itself: how much it was is told.)
 	limit := fmt.Sprintf("--cpu=%d", 2*most/time.Second)
-	if raceEnabled {
+	if imgtest.RaceEnabled {
 		limit = "--cpu=100"
 	}
 	// A child's peak of memory begins with what its parent had when it started
@@ -250,7 +250,7 @@ func (r *hostileRun) start(program string, args ...string) (exit int, stdout, st
 		r.errorf("%q: still running after %v", args, wall)
 		return -1, "", ""
 	}
-	if cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(); cpu > most && !raceEnabled {
+	if cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(); cpu > most && !imgtest.RaceEnabled {
 		r.errorf("%q: %v of processor time", args, cpu)
 	}
 	kib, err := os.ReadFile(peak)
@@ -267,7 +267,7 @@ func (r *hostileRun) memory(kib string) {
 	if err != nil {
 		r.errorf("its memory: %v", err)
 	}
-	if n > hostileRSS>>10 && !raceEnabled {
+	if n > hostileRSS>>10 && !imgtest.RaceEnabled {
 		r.errorf("%d MiB of memory", n>>10)
 	}
 }

@@ -19,6 +19,8 @@ import (
 	"runtime"
 	"syscall"
 	"testing"
+
+	"github.com/imagestack/imagestack/internal/imgtest"
 )
 
 // childEnv names the directory of a run to the process that runs the tests.
@@ -58,7 +60,7 @@ func supervise() (status int, err error) {
 	_, self, _, _ := runtime.Caller(0)
 	build := exec.Command("go", "build", "-buildvcs=false", "-o", filepath.Join(dir, "bin")+"/", "./cmd/...")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0") // as the Makefile does
-	if raceEnabled {
+	if imgtest.RaceEnabled {
 		build.Args = append(build.Args[:2], append([]string{"-race"}, build.Args[2:]...)...)
 		build.Env = nil // that of the tests
 	}

@@ -2,5 +2,5 @@
 
 package imgtest
 
-// RaceEnabled: the race detector is on. It allocates, and takes time.
+// RaceEnabled says whether the race detector is on, which allocates and takes time.
 const RaceEnabled = false

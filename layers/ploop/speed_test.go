@@ -11,6 +11,7 @@ import (
 
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/maptest"
 	"github.com/imagestack/imagestack/layers"
 )
@@ -152,7 +153,7 @@ func TestWriteInPlaceDoesNotAllocate(t *testing.T) {
 		if err := i.WriteAt(ctx, p[:k64+100], 300, below); err != nil {
 			t.Fatal(err)
 		}
-	}); n != 0 && !raceEnabled {
+	}); n != 0 && !imgtest.RaceEnabled {
 		t.Errorf("%v allocations for a write in place", n)
 	}
 }

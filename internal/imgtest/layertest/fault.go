@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"syscall"
 
+	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/layers"
 )
 
@@ -305,7 +306,7 @@ func checkFaults(f Factory, d draw) error {
 	// Every access of a run of up to 60, a sample of longer ones: the next
 	// script has others.
 	most := 60
-	if raceEnabled {
+	if imgtest.RaceEnabled {
 		most = 10
 	}
 	step := 1 + len(all)/most

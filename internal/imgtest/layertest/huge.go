@@ -58,7 +58,7 @@ func checkHuge(f Factory, size int64) error {
 	d := seeded(uint64(size))
 	var e layers.Editor
 	timed := func(what string, limit time.Duration, do func() error) error {
-		if raceEnabled { // on a machine with other things to do, too
+		if imgtest.RaceEnabled { // on a machine with other things to do, too
 			limit *= 15
 		}
 		start := time.Now()

@@ -30,6 +30,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/maptest"
 	"github.com/imagestack/imagestack/layers"
 )
@@ -159,7 +160,7 @@ func Property(t *testing.T, f Factory, check property, share int) {
 		left = 40
 	}
 	left = max(left**times*share/100, 2)
-	if testing.Short() || raceEnabled {
+	if testing.Short() || imgtest.RaceEnabled {
 		left = max(left/4, 2)
 	}
 	failed := false

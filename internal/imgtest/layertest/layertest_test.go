@@ -3,6 +3,8 @@ package layertest
 import (
 	"fmt"
 	"testing"
+
+	"github.com/imagestack/imagestack/internal/imgtest"
 )
 
 // TestReference: the kit passes an editor that is right.
@@ -44,7 +46,7 @@ func TestBrokenEditors(t *testing.T) {
 	}
 	for b := correct + 1; b < numBugs; b++ {
 		t.Run(fmt.Sprintf("%d found by %s", b, by[b]), func(t *testing.T) {
-			if b == noLock && raceEnabled {
+			if b == noLock && imgtest.RaceEnabled {
 				return // the race detector reports it before the check does
 			}
 			if err := run(refFactory(4096, b), by[b], 40); err == nil {

@@ -24,6 +24,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/internal/imgtest"
 )
 
 // init lets rapid print a range that failed instead of keeping it in a file.
@@ -199,7 +200,7 @@ var steps = []step{
 	{name: "context", random: (*checker).cancelled},
 	{name: "parallel", once: (*checker).parallel},
 	{name: "cost", once: (*checker).cost},
-	{name: "allocations", once: (*checker).allocations, skip: func(o options) bool { return !o.allocFree || raceEnabled }},
+	{name: "allocations", once: (*checker).allocations, skip: func(o options) bool { return !o.allocFree || imgtest.RaceEnabled }},
 }
 
 // ask calls Lookup and turns a panic into a violation.

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/imagestack/imagestack/blockmap"
+	"github.com/imagestack/imagestack/internal/imgtest"
 )
 
 // listMap is a map that is right by inspection: a sorted list of extents that
@@ -353,7 +354,7 @@ func TestWrongMaps(t *testing.T) {
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			if c.rule == RuleAllocs && raceEnabled {
+			if c.rule == RuleAllocs && imgtest.RaceEnabled {
 				t.Skip("allocations are not counted under the race detector")
 			}
 			if c.rule == RuleRef {

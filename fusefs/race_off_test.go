@@ -1,5 +1,0 @@
-//go:build !race
-
-package fusefs
-
-const raceEnabled = false

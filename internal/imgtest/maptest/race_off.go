@@ -1,5 +1,0 @@
-//go:build !race
-
-package maptest
-
-const raceEnabled = false
