@@ -11,9 +11,13 @@ import (
 // server then loses little even of what was never fsynced.
 type flusher struct {
 	since atomic.Int64 // time of the first unsynced change, 0 for none
-	done  chan struct{}
-	end   sync.Once
-	wg    sync.WaitGroup
+	ended atomic.Int64 // changes that have ended
+	// synced is how many of them a sync covers that has succeeded, behind by
+	// one before the first.
+	synced atomic.Int64
+	done   chan struct{}
+	end    sync.Once
+	wg     sync.WaitGroup
 
 	mu   sync.Mutex
 	fail error // of a background sync, until somebody was told
@@ -21,16 +25,26 @@ type flusher struct {
 
 // mark notes a change that ended at that time.
 func (f *flusher) mark(now int64) {
+	f.ended.Add(1)
 	if f.since.Load() == 0 {
 		f.since.CompareAndSwap(0, now)
 	}
 }
 
-// flush runs sync; changes that come meanwhile count anew.
+// flush runs sync; changes that come meanwhile count anew. When a sync that
+// has succeeded began after the last change ended, there is nothing to do: the
+// kernel passes the fsyncs of a file on one after the other, and the first
+// covers what those behind it wait for (group commit).
 func (f *flusher) flush(sync func() error) error {
 	old := f.since.Swap(0)
+	ended := f.ended.Load()
+	if f.synced.Load() == ended {
+		return nil
+	}
 	err := sync()
-	if err != nil && old != 0 {
+	if err == nil {
+		f.synced.Store(ended) // also when a later one was faster: then one more is made than needed
+	} else if old != 0 {
 		f.since.CompareAndSwap(0, time.Now().UnixNano())
 	}
 	return err
