@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -29,6 +30,9 @@ type queue struct {
 }
 
 const page = 4096
+
+// someRequests are counted before the clock is read.
+const someRequests = 8
 
 // wakeUp is the user data of the wait for the eventfd.
 const wakeUp = ^uint64(0)
@@ -83,7 +87,7 @@ func (q *queue) close() error {
 // serve is the thread of the queue. It tells ready when its places are known
 // to the kernel, and returns when the kernel has taken back all of them.
 func (q *queue) serve(conn int, h Handler, ready chan<- error) {
-	pin(int(q.number))
+	where := pin(int(q.number))
 	var busy sync.WaitGroup
 	for i := range q.places {
 		busy.Go(func() { q.work(i, h) })
@@ -91,7 +95,7 @@ func (q *queue) serve(conn int, h Handler, ready chan<- error) {
 	err := q.offer(conn)
 	ready <- err
 	if err == nil {
-		q.loop(conn, h)
+		q.loop(conn, h, where)
 	}
 	for i := range q.places {
 		close(q.places[i].wake)
@@ -131,8 +135,10 @@ func (q *queue) await() error {
 }
 
 // loop takes requests until there are no places left.
-func (q *queue) loop(conn int, h Handler) {
+func (q *queue) loop(conn int, h Handler, where *affinity) {
 	var drain [8]byte
+	start := time.Now()
+	taken := 0
 	for left := len(q.places); left > 0; {
 		if q.ring.wait() != nil {
 			return // the ring itself is broken; the kernel ends the connection with the process
@@ -149,6 +155,7 @@ func (q *queue) loop(conn int, h Handler) {
 				}
 				continue
 			}
+			taken++
 			switch p := &q.places[data]; {
 			case result < 0:
 				left-- // the connection has ended
@@ -159,6 +166,10 @@ func (q *queue) loop(conn int, h Handler) {
 			default:
 				p.wake <- struct{}{}
 			}
+		}
+		if taken >= someRequests {
+			where.note(taken, time.Since(start))
+			taken = 0
 		}
 		q.mu.Lock()
 		q.list, q.took = q.took[:0], q.list

@@ -4,7 +4,8 @@
 //
 // Design note. The kernel has a queue for each processor and puts a request
 // into that of the processor on which it was made. Each queue has a ring and a
-// thread of its own here, on the same processor. A reply and the wait for the
+// thread of its own here, on the same processor unless another serves better
+// (affinity). A reply and the wait for the
 // next request are one system call.
 //
 // What a thread can answer without waiting for anything it answers itself
@@ -22,7 +23,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -139,13 +139,4 @@ func (t *Transport) Close() error {
 		errs = append(errs, q.close())
 	}
 	return errors.Join(errs...)
-}
-
-// pin keeps the calling goroutine on one thread, and that on one processor.
-func pin(processor int) {
-	runtime.LockOSThread()
-	var set unix.CPUSet
-	set.Set(processor)
-	// Best effort: it may not be there, or not be ours.
-	_ = unix.SchedSetaffinity(0, &set)
 }
