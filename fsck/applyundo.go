@@ -9,6 +9,8 @@ import (
 	"math"
 	"slices"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/imagestack/imagestack/backend"
 )
 
@@ -50,6 +52,16 @@ func ApplyUndo(ctx context.Context, undo, f backend.File, o UndoOptions) (UndoRe
 		size, err := f.Size()
 		if err != nil {
 			return res, err
+		}
+		// What the round has cut off becomes a hole first, but for what has a
+		// record. (A device has one length, and nothing is cut off.)
+		if s.newSize < s.oldSize && size > s.newSize {
+			err := f.Truncate(s.newSize)
+			if err == nil {
+				size = s.newSize
+			} else if !errors.Is(err, unix.EINVAL) {
+				return res, err
+			}
 		}
 		// Longer first, so that everything has room; shorter last.
 		if size < s.oldSize {
@@ -150,6 +162,35 @@ func verifyUndo(ctx context.Context, undo backend.File, sections []undoSection, 
 	}
 	buf := make([]byte, undoBlock)
 	holes := holeFinder{f: f}
+	// What was cut off and has no record was a hole. Up to checked that is seen
+	// to; what a later round has put behind the end that it found is not known.
+	checked, rest := int64(0), make([]byte, undoBlock)
+	empty := func(to int64) error {
+		for _, s := range sections {
+			for at, end := max(checked, s.newSize), min(to, s.oldSize, size, grown); at < end; {
+				if err := ctx.Err(); err != nil {
+					return context.Cause(ctx)
+				}
+				data, err := holes.next(at)
+				if err != nil {
+					return err
+				}
+				if at = max(at, data); at >= end {
+					break
+				}
+				b := rest[:min(undoBlock, end-at)]
+				if err := readZero(f, b, at); err != nil {
+					return err
+				}
+				if !isZero(b) {
+					return changed("there are bytes behind %#x, where the repair has left none", at)
+				}
+				at += int64(len(b))
+			}
+		}
+		checked = max(checked, to)
+		return nil
+	}
 	for {
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
@@ -175,6 +216,10 @@ func verifyUndo(ctx context.Context, undo backend.File, sections []undoSection, 
 				return err
 			}
 			if data >= h.off+h.n {
+				if err := empty(h.off); err != nil {
+					return err
+				}
+				checked = h.off + h.n
 				if err := advance(of); err != nil {
 					return err
 				}
@@ -203,6 +248,14 @@ func verifyUndo(ctx context.Context, undo backend.File, sections []undoSection, 
 				}
 			}
 		}
+		for at := block * undoBlock; at < (block+1)*undoBlock; at += sector {
+			if known[at] != nil {
+				if err := empty(at); err != nil {
+					return err
+				}
+				checked = max(checked, at+sector)
+			}
+		}
 		if err := readZero(f, buf, block*undoBlock); err != nil {
 			return err
 		}
@@ -216,6 +269,9 @@ func verifyUndo(ctx context.Context, undo backend.File, sections []undoSection, 
 			}
 			return changed("the bytes at %#x belong to no moment of the repair", at)
 		}
+	}
+	if err := empty(math.MaxInt64); err != nil {
+		return err
 	}
 	if sum := sha256.Sum256(head); !bytes.Equal(sum[:], sections[0].head[:]) {
 		return changed("its first bytes belong to another image (%q was repaired)", sections[0].name)

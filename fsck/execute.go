@@ -35,10 +35,11 @@ type ExecuteOptions struct {
 // by the caller, and what the plan was computed from must not have changed.
 // Afterwards the plan can only be closed.
 //
-// When an error comes before the first change, undone is true and the undo
-// file is as it was before. Else the repair was begun and not finished; the
-// image can be repaired again, or restored with ApplyUndo. Cancelling ctx stops
-// it until the first map entry is changed; it then goes on to its end.
+// When an error comes before the first change, undone is true, the undo file is
+// as it was before, and so is the place for lost content. Else the repair was
+// begun and not finished; the image can be repaired again, or restored with
+// ApplyUndo. Cancelling ctx stops it until the first map entry is changed; it
+// then goes on to its end.
 func (p *Plan) Execute(ctx context.Context, o ExecuteOptions) (undone bool, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -48,11 +49,12 @@ func (p *Plan) Execute(ctx context.Context, o ExecuteOptions) (undone bool, err 
 	if err := p.checkCopies(); err != nil {
 		return true, err
 	}
-	if err := p.saveLost(ctx, o.Lost); err != nil {
-		return true, err
+	lost, err := p.saveLost(ctx, o.Lost)
+	if err == nil {
+		err = p.saveUndo(ctx, o)
 	}
-	if err := p.saveUndo(ctx, o); err != nil {
-		return true, err
+	if err != nil {
+		return true, errors.Join(err, lost.drop())
 	}
 	if p.whole && o.Swap != nil {
 		b := make([]byte, p.size)
@@ -153,12 +155,23 @@ func (p *Plan) checkCopies() error {
 }
 
 // eachBlock calls do for the parts of the set, cut at the blocks of the undo
-// file. The end is cut off at limit.
-func eachBlock(ctx context.Context, set *blockmap.Set, limit int64, do func(off, n int64) error) error {
+// file. The end is cut off at limit. skip, unless it is nil, says where to go on
+// instead of at an offset: there, or behind it.
+func eachBlock(ctx context.Context, set *blockmap.Set, limit int64, skip func(off int64) (int64, error), do func(off, n int64) error) error {
 	for r := range set.Ranges() {
 		for off := r.Off; off < min(r.End(), limit); {
 			if err := ctx.Err(); err != nil {
 				return context.Cause(ctx)
+			}
+			if skip != nil {
+				to, err := skip(off)
+				if err != nil {
+					return err
+				}
+				if to > off {
+					off = to
+					continue
+				}
 			}
 			end := min(off&^(undoBlock-1)+undoBlock, r.End(), limit)
 			if err := do(off, end-off); err != nil {
@@ -206,14 +219,23 @@ func (p *Plan) saveUndo(ctx context.Context, o ExecuteOptions) (err error) {
 	}
 	holes := holeFinder{f: p.f}
 	old, buf := make([]byte, undoBlock), make([]byte, undoBlock)
-	err = eachBlock(ctx, p.touched(allPhases...), p.old, func(off, n int64) error {
+	// What is cut off needs no record where it is a hole: when the file is made
+	// longer again it is one. There may be terabytes of it.
+	cutHole := func(off int64) (int64, error) {
+		if off < p.size {
+			return off, nil
+		}
+		data, err := holes.next(off)
+		return max(off, data&^(sector-1)), err
+	}
+	err = eachBlock(ctx, p.touched(allPhases...), p.old, cutHole, func(off, n int64) error {
 		r := undoRecord{off: off, n: n, data: old[:n]}
 		data, err := holes.next(off)
 		if err != nil {
 			return err
 		}
 		if r.hole = data >= off+n; r.hole {
-			// Before the cost of reading: terabytes of it may be cut off.
+			// Before the cost of reading.
 			clear(r.data)
 		} else if err := p.readOld(r.data, off); err != nil {
 			return err
@@ -352,7 +374,7 @@ func (p *Plan) doPhase(ctx context.Context, ph Phase) error {
 		written = p.touchedBytes(ph)
 	}
 	buf := make([]byte, undoBlock)
-	err := eachBlock(ctx, written, limit, func(off, n int64) error {
+	err := eachBlock(ctx, written, limit, nil, func(off, n int64) error {
 		b := buf[:n]
 		if err := readZero(p.f, b, off); err != nil {
 			return err

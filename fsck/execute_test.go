@@ -24,13 +24,15 @@ type memLost struct {
 	synced bool
 }
 
-func (m *memLost) Create(name string) (backend.File, error) {
+func (m *memLost) Create(name string) (backend.File, string, error) {
 	if m.files == nil {
 		m.files = map[string]*backend.Mem{}
 	}
 	m.files[name] = backend.NewMem(name)
-	return m.files[name], nil
+	return m.files[name], name, nil
 }
+
+func (m *memLost) Remove(name string) error { delete(m.files, name); return nil }
 
 func (m *memLost) Sync() error { m.synced = true; return nil }
 
@@ -128,6 +130,13 @@ func original() []byte {
 	return old
 }
 
+// holey is a longer one, whose end is mostly a hole.
+func holey() []byte {
+	end := make([]byte, 5*undoBlock)
+	copy(end[3*undoBlock:], original()[:4096])
+	return append(original(), end...)
+}
+
 // crashCheck is the verdict on one state after a power cut.
 func crashCheck(make func(testing.TB, backend.File) *Plan, t *testing.T, old []byte, image, undo *backend.Mem) error {
 	ctx := context.Background()
@@ -160,9 +169,12 @@ func crashCheck(make func(testing.TB, backend.File) *Plan, t *testing.T, old []b
 }
 
 func TestExecutePowerCut(t *testing.T) {
-	for name, makePlan := range map[string]func(testing.TB, backend.File) *Plan{"phased": phased, "shrinking": shrinking} {
+	for name, c := range map[string]struct {
+		plan func(testing.TB, backend.File) *Plan
+		old  []byte
+	}{"phased": {phased, original()}, "shrinking": {shrinking, original()}, "holey": {shrinking, holey()}} {
 		t.Run(name, func(t *testing.T) {
-			old := original()
+			makePlan, old := c.plan, c.old
 			r := backend.NewRecorder()
 			f, _ := r.Wrap(backend.NewMemBytes("image", old))
 			undo, _ := r.Wrap(backend.NewMem("undo"))
@@ -252,8 +264,11 @@ func inOrder(b, old []byte) error {
 
 // Undoing is crash-safe, too.
 func TestApplyUndoPowerCut(t *testing.T) {
-	for _, first := range []func(testing.TB, backend.File) *Plan{phased, shrinking} {
-		old := original()
+	for _, c := range []struct {
+		first func(testing.TB, backend.File) *Plan
+		old   []byte
+	}{{phased, original()}, {shrinking, original()}, {phased, holey()}, {shrinking, holey()}} {
+		first, old := c.first, c.old
 		image, undo := backend.NewMemBytes("image", old), backend.NewMem("undo")
 		for _, makePlan := range []func(testing.TB, backend.File) *Plan{first, shrinking, phased} {
 			if err := execute(makePlan(t, image), undo); err != nil {
@@ -396,7 +411,7 @@ func TestQuarantine(t *testing.T) {
 	if err := p.Quarantine(Lost{Guest: 65536, Host: 4096, Len: 8192}); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.Quarantine(Lost{Guest: -1, Host: 5, Bytes: []byte("unpacked")}); err != nil {
+	if err := p.Quarantine(Lost{Guest: -1, Host: 5, Len: 7}); err != nil {
 		t.Fatal(err)
 	}
 	if undone, err := p.Execute(t.Context(), ExecuteOptions{Undo: backend.NewMem("undo")}); !undone || !errors.Is(err, ErrPlan) {
@@ -409,7 +424,7 @@ func TestQuarantine(t *testing.T) {
 	if got := lost.files["guest-0x000000010000.host-0x000000001000"]; got == nil || !bytes.Equal(got.Bytes(), old[4096:4096+8192]) {
 		t.Errorf("wrong content of %v", lost.files)
 	}
-	if got := lost.files["guest-unknown.host-0x000000000005"]; got == nil || string(got.Bytes()) != "unpacked" {
+	if got := lost.files["guest-unknown.host-0x000000000005"]; got == nil || !bytes.Equal(got.Bytes(), old[5:12]) {
 		t.Errorf("wrong content of %v", lost.files)
 	}
 	if !lost.synced {

@@ -82,8 +82,9 @@ type Plan struct {
 	copies []copyOp                // sorted by dst
 	whole  bool                    // Replace was called
 	lost   []Lost
-	// lostBytes are the lengths of lost together, lostRest the places in the
-	// file of what came when that was enough.
+	// lostOnce has all of lost, lostBytes are their lengths together, lostRest
+	// the places in the file of what came when that was enough.
+	lostOnce  map[Lost]bool
 	lostBytes int64
 	lostRest  blockmap.Set
 }
@@ -95,10 +96,8 @@ type Lost struct {
 	// Guest is the offset at which it was, or may have been, seen; -1 when it
 	// is not known.
 	Guest int64
-	// Host and Len are where it is in the file. With Bytes (content that was
-	// decompressed) Host only goes into the name.
+	// Host and Len are where it is in the file.
 	Host, Len int64
-	Bytes     []byte
 }
 
 // Name is the name of the file in the lost+found directory.
@@ -269,24 +268,26 @@ func (p *Plan) Replace(b []byte) error {
 }
 
 // Quarantine keeps content for the lost+found directory, from where it is now.
-// Of very many pieces, or pieces that are longer together than makes sense, the
-// rest come into one file (LostRest).
+// The same piece is kept once. Of very many pieces, or pieces that are longer
+// together than makes sense, the rest come into one file (LostRest).
 func (p *Plan) Quarantine(l Lost) error {
-	if l.Bytes == nil && (l.Host < 0 || l.Len <= 0 || l.Len > math.MaxInt64-l.Host) {
+	if l.Host < 0 || l.Len <= 0 || l.Len > math.MaxInt64-l.Host {
 		return fmt.Errorf("%w: quarantine of %d bytes at %d", ErrPlan, l.Len, l.Host)
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	n := l.Len
-	if l.Bytes != nil {
-		n = int64(len(l.Bytes))
+	switch {
+	case p.lostOnce[l]:
+	case len(p.lost) >= maxLostFiles || p.lostBytes > 0 && l.Len > maxLostTimes*p.old-p.lostBytes:
+		p.lostRest.Add(l.Host, l.Len)
+	default:
+		if p.lostOnce == nil {
+			p.lostOnce = map[Lost]bool{}
+		}
+		p.lostOnce[l] = true
+		p.lost = append(p.lost, l)
+		p.lostBytes += l.Len
 	}
-	if l.Bytes == nil && (len(p.lost) >= maxLostFiles || p.lostBytes > 0 && n > maxLostTimes*p.old-p.lostBytes) {
-		p.lostRest.Add(l.Host, n)
-		return nil
-	}
-	p.lost = append(p.lost, l)
-	p.lostBytes += n
 	return nil
 }
 

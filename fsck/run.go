@@ -469,7 +469,18 @@ type countedLost struct {
 	n int
 }
 
-func (c *countedLost) Create(name string) (backend.File, error) {
-	c.n++
-	return c.LostDir.Create(name)
+func (c *countedLost) Create(name string) (backend.File, string, error) {
+	f, used, err := c.LostDir.Create(name)
+	if err == nil {
+		c.n++
+	}
+	return f, used, err
+}
+
+func (c *countedLost) Remove(used string) error {
+	err := c.LostDir.Remove(used)
+	if err == nil {
+		c.n--
+	}
+	return err
 }

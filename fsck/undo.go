@@ -49,6 +49,9 @@ import (
 //	  20     the bytes (kind 1 only), then n lists: one checksum for each sector
 //	         of the record as it is after a phase that changes it
 //
+// Of what is cut off, behind the length after, holes have no record: they are
+// there again when the file is cut to that length and then made longer.
+//
 // The lists are what lets ApplyUndo refuse an image that somebody else has
 // changed since: each sector must be as before, or as after one of the phases.
 const (

@@ -22,13 +22,15 @@ var checker = ploopfsck.Checker{}
 // memLost is a LostStore in memory.
 type memLost map[string]*backend.Mem
 
-func (m memLost) Create(name string) (backend.File, error) {
+func (m memLost) Create(name string) (backend.File, string, error) {
 	for m[name] != nil {
 		name += "+"
 	}
 	m[name] = backend.NewMem(name)
-	return m[name], nil
+	return m[name], name, nil
 }
+
+func (m memLost) Remove(name string) error { delete(m, name); return nil }
 
 func (m memLost) Sync() error { return nil }
 

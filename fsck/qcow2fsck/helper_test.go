@@ -15,12 +15,13 @@ import (
 // memory keeps what a plan quarantines.
 type memory struct{ files map[string]*backend.Mem }
 
-func (m *memory) Create(name string) (backend.File, error) {
+func (m *memory) Create(name string) (backend.File, string, error) {
 	f := backend.NewMem(fmt.Sprintf("%s.%d", name, len(m.files)))
 	m.files[f.Name()] = f
-	return f, nil
+	return f, f.Name(), nil
 }
-func (m *memory) Sync() error { return nil }
+func (m *memory) Remove(name string) error { delete(m.files, name); return nil }
+func (m *memory) Sync() error              { return nil }
 
 // options are those of the tests; data files lie beside the image.
 func options(dir string) fsck.Options {

@@ -82,8 +82,12 @@ func (d *damaged) repair(ctx context.Context, s *crash.Session) error {
 // lost keeps what a repair quarantines beside the image.
 type lost struct{ dir *layertest.Dir }
 
-func (l lost) Create(name string) (backend.File, error) { return l.dir.Open("lost."+name, true) }
-func (l lost) Sync() error                              { return nil }
+func (l lost) Create(name string) (backend.File, string, error) {
+	f, err := l.dir.Open("lost."+name, true)
+	return f, name, err
+}
+func (l lost) Remove(string) error { return errors.ErrUnsupported } // none fails before its first change
+func (l lost) Sync() error         { return nil }
 
 // judge: undone, the image is what it was before, bit for bit; repaired again
 // it is clean, and nothing of the guest is lost.
