@@ -115,14 +115,10 @@ func (c *check) scan(p *part, buf []byte, visit func(run)) error {
 			continue
 		}
 		r.bad = c.classify(r.idx, e)
-		// Neighbours with the same problem are one finding; those whose
-		// content is saved come in portions.
+		// Neighbours with the same problem are one finding.
 		most := int64(partSize)
-		switch r.bad {
-		case nil, codeTruncated:
+		if r.bad == nil || r.bad == codeTruncated {
 			most = 1
-		case codeUnaligned, codeBeyond:
-			most = maxLost / 4
 		}
 		for ; i < len(b) && r.count < most; i += 4 {
 			v := le.Uint32(b[i:])

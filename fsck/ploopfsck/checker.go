@@ -79,14 +79,11 @@ type check struct {
 	marks   marks
 	space   space
 	orphans []run      // single bad entries, to be decided when all are known
+	copied  int64      // bytes of copies for owners of the same cluster
+	mayCopy int64      // the most of them, 0 = not known yet
 	fixMu   sync.Mutex // guards what follows
 	end     int64      // where new clusters are appended, 0 before the first
-	lost    int        // quarantined so far
 }
-
-// maxLost is how many pieces one round of repair puts into lost+found; it
-// bounds the memory of the plan. What is more waits for the next round.
-const maxLost = 4096
 
 // Check implements fsck.Checker.
 func (Checker) Check(ctx context.Context, f backend.File, o fsck.Options, sink fsck.Sink) (fsck.Stats, error) {
@@ -165,43 +162,21 @@ func (c *check) guest(idx, count int64) []blockmap.Range {
 	return []blockmap.Range{{Off: start, Len: min(end, c.size) - start}}
 }
 
-// keep puts n bytes of the file at off into lost+found, without its holes, of
-// which a hostile file may have more than the host has room. guest is -1 when
-// it is not known whose they are. It reports whether there was room for more
-// pieces.
-func (c *check) keep(guest, off, n int64) (bool, error) {
-	c.fixMu.Lock()
-	defer c.fixMu.Unlock()
-	for at, end := off, min(off+n, c.eof); at < end; {
-		data, err := c.f.SeekData(at)
-		hole := end
-		switch {
-		case errors.Is(err, io.EOF):
-			return true, nil
-		case err != nil:
-			data = at // all of it, then
-		case data < end:
-			if h, err := c.f.SeekHole(data); err == nil {
-				hole = min(max(h, data+1), end)
-			}
-		}
-		if data >= end {
-			return true, nil
-		}
-		if c.lost >= maxLost {
-			return false, nil
-		}
-		c.lost++
-		l := fsck.Lost{Guest: guest, Host: data, Len: hole - data}
-		if guest >= 0 {
-			l.Guest += data - off
-		}
-		if err := c.plan.Quarantine(l); err != nil {
-			return false, err
-		}
-		at = hole
+// keep puts n bytes of the file at off into lost+found, unless they are a hole:
+// what is no data needs no memory of the plan. guest is -1 when it is not known
+// whose they are.
+func (c *check) keep(guest, off, n int64) error {
+	if n = min(n, c.eof-off); n <= 0 || !c.holds(off, n) {
+		return nil
 	}
-	return true, nil
+	return c.plan.Quarantine(fsck.Lost{Guest: guest, Host: off, Len: n})
+}
+
+// holds reports whether there is anything but a hole in n bytes of the file at
+// off. A file that cannot tell is all data.
+func (c *check) holds(off, n int64) bool {
+	data, err := c.f.SeekData(off)
+	return n > 0 && (err == nil && data < off+n || err != nil && !errors.Is(err, io.EOF))
 }
 
 // canGrow reports whether the file may become n bytes long. Without a plan

@@ -100,7 +100,7 @@ var (
 		"-p and -y empty it if the sizes in the header agree, else only -y does. A cluster to which it points is copied into lost+found.")
 	codeDuplicate = fsck.Register("ploop.bat.duplicate", fsck.Damage,
 		"Several entries point to the same cluster: guest ranges show each other's data, and a write to one changes all.",
-		"-y leaves the cluster to those that the guest filesystem does not prove to be free: the first keeps it, the others get copies, free ones are emptied. More than 16 claims on one cluster are no accident; those from the 17th on are emptied. All ranges that may show foreign data are named.")
+		"-y leaves the cluster to those that the guest filesystem does not prove to be free: the first keeps it, the others get copies, free ones are emptied. More than 16 claims on one cluster are no accident; those from the 17th on are emptied, and so are those for which more would have to be copied than the image takes, or 1 GiB. All ranges that may show foreign data are named.")
 )
 
 // Codes of the format extension.

@@ -7,6 +7,9 @@ import (
 	"github.com/imagestack/imagestack/fsck"
 )
 
+// maxOrphans is how many single bad entries are looked at together.
+const maxOrphans = 4096
+
 // badRuns reports bad entries and plans their repair.
 func (c *check) badRuns(runs []run) error {
 	for _, r := range runs {
@@ -17,7 +20,7 @@ func (c *check) badRuns(runs []run) error {
 			err = c.truncated(r)
 		case r.bad == codeBeyond:
 			err = c.beyond(r)
-		case r.count == 1 && c.space.single && len(c.orphans) < maxLost:
+		case r.count == 1 && c.space.single && len(c.orphans) < maxOrphans:
 			c.orphans = append(c.orphans, r)
 		default:
 			err = c.unusable(r)
@@ -70,9 +73,6 @@ func (c *check) unusable(r run) error {
 	// In front of the data is nothing of the guest's; what lies behind an
 	// unaligned entry may be.
 	keeps := r.bad == codeUnaligned && host >= c.firstData && host < c.eof
-	if keeps && c.full(int(r.count)) {
-		f.Fix, f.Text = nil, f.Text+" (left for the next round of repair)"
-	}
 	c.suspect.Store(true)
 	if !c.report(f) {
 		return nil
@@ -85,7 +85,7 @@ func (c *check) unusable(r run) error {
 				return err
 			}
 			if at := c.host(le.Uint32(b[:])); at >= c.firstData {
-				if _, err := c.keep(idx*c.cluster, at, c.cluster); err != nil {
+				if err := c.keep(idx*c.cluster, at, c.cluster); err != nil {
 					return err
 				}
 			}
@@ -154,13 +154,6 @@ func (c *check) relink(r run, slot int64) error {
 	return c.setEntry(r.idx, slot*c.cluster)
 }
 
-// full reports whether lost+found has no room for n more pieces in this round.
-func (c *check) full(n int) bool {
-	c.fixMu.Lock()
-	defer c.fixMu.Unlock()
-	return c.plan != nil && c.lost > 0 && c.lost+n > maxLost
-}
-
 // zeroEntries empties entries.
 func (c *check) zeroEntries(idx, count int64) error {
 	var zeros [4096]byte
@@ -209,9 +202,6 @@ func (c *check) beyond(r run) error {
 	if !c.convert {
 		f.Fix = &fsck.Fix{Text: "empty it", Level: level}
 	}
-	if c.full(int(r.count)) {
-		f.Fix, f.Text = nil, f.Text+" (left for the next round of repair)"
-	}
 	// Who empties the entry makes its cluster a leak.
 	defer c.suspect.Store(true)
 	if !c.report(f) {
@@ -223,7 +213,7 @@ func (c *check) beyond(r run) error {
 			return err
 		}
 		if at := c.host(le.Uint32(b[:])); at >= c.firstData && at < c.eof && le.Uint32(b[:]) != noEntry {
-			if _, err := c.keep((r.idx+k)*c.cluster, at, c.cluster); err != nil {
+			if err := c.keep((r.idx+k)*c.cluster, at, c.cluster); err != nil {
 				return err
 			}
 		}

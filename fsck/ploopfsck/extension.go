@@ -171,7 +171,7 @@ func (c *check) dropExtension(at int64, p extProblem, level fsck.Level, lost ...
 		return nil
 	}
 	if at > 0 {
-		if _, err := c.keep(-1, at, c.cluster); err != nil {
+		if err := c.keep(-1, at, c.cluster); err != nil {
 			return err
 		}
 	}

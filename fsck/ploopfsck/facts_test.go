@@ -2,7 +2,6 @@ package ploopfsck_test
 
 import (
 	"encoding/binary"
-	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -30,10 +29,7 @@ func TestUnwritten(t *testing.T) {
 	}
 	defer f.Close()
 	err = unix.Fallocate(int(f.Fd()), 0, int64(len(p.B)), k)
-	if errors.Is(err, unix.EOPNOTSUPP) {
-		t.Log("the filesystem of the host cannot reserve")
-		return
-	}
+	imgtest.RequireReserve(t, err)
 	if err == nil {
 		err = f.Sync()
 	}

@@ -12,6 +12,9 @@ const (
 	// maxClaims is how many owners of one cluster get a copy of it. So many
 	// claims are no accident, and copies for all could fill the host.
 	maxClaims = 16
+	// freeCopies is how many bytes a round may always copy for such owners; it
+	// may copy as much as the image takes.
+	freeCopies = 1 << 30
 	// maxShared bounds the clusters of which one round of repair collects the
 	// owners.
 	maxShared = 1 << 16
@@ -150,9 +153,13 @@ func (c *check) share(slot int64, idx []int64) error {
 		}
 		fix.Loses = c.ranges(doubt)
 	}
+	tooMuch := owners > 1 && c.copied+int64(owners-1)*c.cluster > c.maxCopied()
+	if tooMuch {
+		fix.Text = "leave it to the first and empty the others: so many copies could fill the disk of the host"
+	}
 	switch {
 	case c.convert:
-	case owners > 1 && !c.canAllocate(int64(owners-1)):
+	case owners > 1 && !tooMuch && !c.canAllocate(int64(owners-1)):
 		f.Text += "; the file cannot grow, so there is no room for copies"
 	default:
 		f.Fix = fix
@@ -165,13 +172,14 @@ func (c *check) share(slot int64, idx []int64) error {
 		if k == keeper {
 			continue
 		}
-		if free[k] {
+		if free[k] || tooMuch {
 			c.used--
 			if err := c.zeroEntries(i, 1); err != nil {
 				return err
 			}
 			continue
 		}
+		c.copied += c.cluster
 		at, err := c.allocate()
 		if err == nil {
 			err = c.plan.Copy(at, slot*c.cluster, c.cluster)
@@ -184,6 +192,18 @@ func (c *check) share(slot int64, idx []int64) error {
 		}
 	}
 	return nil
+}
+
+// maxCopied is how many bytes a round may copy for clusters with several owners.
+func (c *check) maxCopied() int64 {
+	if c.mayCopy == 0 {
+		used, err := c.f.Allocated()
+		if err != nil {
+			used = 0
+		}
+		c.mayCopy = max(used, freeCopies)
+	}
+	return c.mayCopy
 }
 
 // checkExtensionShared looks for guest clusters on those of the extension.

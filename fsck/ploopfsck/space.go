@@ -1,9 +1,7 @@
 package ploopfsck
 
 import (
-	"errors"
 	"fmt"
-	"io"
 
 	"github.com/imagestack/imagestack/fsck"
 )
@@ -100,7 +98,7 @@ func (c *check) suspectLeaks(end int64) error {
 		return nil
 	}
 	if c.eof > end {
-		if _, err := c.keep(-1, end, c.eof-end); err != nil {
+		if err := c.keep(-1, end, c.eof-end); err != nil {
 			return err
 		}
 	}
@@ -111,13 +109,12 @@ func (c *check) suspectLeaks(end int64) error {
 }
 
 // keepGaps copies what is in the unused clusters inside the file into
-// lost+found. Of more gaps than there is room for, the undo file has the rest.
+// lost+found.
 func (c *check) keepGaps() error {
 	var err error
 	c.eachGap(c.lastUsed(), func(start, stop int64) bool {
-		var room bool
-		room, err = c.keep(-1, start*c.cluster, (stop-start)*c.cluster)
-		return room && err == nil
+		err = c.keep(-1, start*c.cluster, (stop-start)*c.cluster)
+		return err == nil
 	})
 	return err
 }
@@ -128,14 +125,10 @@ const fewLeaks = 16
 // leaksHoldData reports whether there is anything but holes in the unused
 // clusters of the window and behind end.
 func (c *check) leaksHoldData(end int64) bool {
-	holds := func(off, n int64) bool {
-		data, err := c.f.SeekData(off)
-		return n > 0 && (err == nil && data < off+n || err != nil && !errors.Is(err, io.EOF))
-	}
-	found := holds(end, c.eof-end)
+	found := c.holds(end, c.eof-end)
 	if c.space.single && !found {
 		c.eachGap(c.lastUsed(), func(start, stop int64) bool {
-			found = holds(start*c.cluster, (stop-start)*c.cluster)
+			found = c.holds(start*c.cluster, (stop-start)*c.cluster)
 			return !found
 		})
 	}
@@ -171,7 +164,7 @@ func (c *check) freeLeaks(end, tail int64, ragged bool) error {
 		Text: fmt.Sprintf("%d clusters at the end of the file", tail)}, level, first+"cut them off") {
 		cut = end
 		if most {
-			if _, err := c.keep(-1, end, c.eof-end); err != nil {
+			if err := c.keep(-1, end, c.eof-end); err != nil {
 				return err
 			}
 		}

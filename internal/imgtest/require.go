@@ -12,11 +12,14 @@
 package imgtest
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // requireAll reports whether this machine is promised to be complete.
@@ -107,4 +110,13 @@ func RequireLoop(t testing.TB) {
 	}
 	_ = f.Close() // only the right to open it was asked
 	Require(t, "losetup")
+}
+
+// RequireReserve needs a filesystem that can reserve space; err is what
+// fallocate(2) has said.
+func RequireReserve(t testing.TB, err error) {
+	t.Helper()
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		missing(t, "the filesystem of temporary files cannot reserve space")
+	}
 }
