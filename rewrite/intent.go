@@ -95,7 +95,7 @@ func (p fileRecord) save(r record) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			_ = os.Remove(f.Name()) // it may have its final name already
+			_ = os.Remove(f.Name()) // unless it has its final name
 		}
 	}()
 	_, err = f.Write(append(b, '\n'))
@@ -108,7 +108,11 @@ func (p fileRecord) save(r record) (err error) {
 	if err = os.Rename(f.Name(), string(p)); err != nil {
 		return err
 	}
-	return backend.SyncDir(dir)
+	if err = backend.SyncDir(dir); err != nil {
+		// Who is told that there is no record must not find one.
+		return errors.Join(err, os.Remove(string(p)))
+	}
+	return nil
 }
 
 func (p fileRecord) remove() error {

@@ -34,22 +34,27 @@ func (f *fullDisk) remove() error {
 }
 
 // TestNoRoomForRecord: on a full disk the record is left when something was
-// given back, and before that nothing is said to be resumed.
+// given back, and before that nothing is said to be resumed. A run that is
+// resumed has one, whether there is room or not.
 func TestNoRoomForRecord(t *testing.T) {
 	imgtest.Require(t, "qemu-img", "qemu-io")
 	for _, c := range []struct {
 		full    int
+		resume  bool
 		stop    Phase
 		want    []string
 		pending bool
 	}{
-		{0, "", []string{"save", "remove"}, false},
-		{1, "", []string{"full", "save", "remove"}, false},
-		{2, "", []string{"full", "full", "remove"}, false},
-		{0, PhaseZeros, []string{"save"}, true},
-		{1, PhaseZeros, []string{"full"}, false},
-		{1, PhaseLeaks, []string{"full", "save"}, true},
-		{2, PhaseLeaks, []string{"full", "full"}, false},
+		{0, false, "", []string{"save", "remove"}, false},
+		{1, false, "", []string{"full", "save", "remove"}, false},
+		{2, false, "", []string{"full", "full", "remove"}, false},
+		{0, false, PhaseZeros, []string{"save"}, true},
+		{1, false, PhaseZeros, []string{"full"}, false},
+		{1, false, PhaseLeaks, []string{"full", "save"}, true},
+		{2, false, PhaseLeaks, []string{"full", "full"}, false},
+		{2, true, "", []string{"remove"}, false},
+		{2, true, PhaseZeros, nil, true},
+		{2, true, PhaseLeaks, nil, true},
 	} {
 		path := filepath.Join(t.TempDir(), "a")
 		imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", path, "1M")
@@ -70,7 +75,7 @@ func TestNoRoomForRecord(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		err = j.compact(false)
+		err = j.compact(c.resume)
 		if (err != nil) != (c.stop != "") || err != nil && !errors.Is(err, context.Canceled) {
 			t.Errorf("%+v: %v", c, err)
 		}

@@ -2,6 +2,7 @@ package rewrite_test
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
@@ -11,7 +12,9 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/imgtest/damage"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 	"github.com/imagestack/imagestack/rewrite"
@@ -62,6 +65,26 @@ func TestChildrenElsewhere(t *testing.T) {
 	}
 	if imgtest.SHA256File(t, base) == sum {
 		t.Error("the control did nothing")
+	}
+}
+
+// TestUnclearSibling: an image beside it of which nobody can tell what it
+// stands on is named.
+func TestUnclearSibling(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	path := filepath.Join(t.TempDir(), "a")
+	small(t, path)
+	r, err := rewrite.Estimate(t.Context(), path, rewrite.Options{})
+	if err != nil || len(r.Notes) != 0 {
+		t.Fatalf("%+v, %v", r, err)
+	}
+	other := filepath.Join(filepath.Dir(path), "b")
+	if err := os.WriteFile(other, []byte("QFI\xfb\x00\x00\x00\x03"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	r, err = rewrite.Estimate(t.Context(), path, rewrite.Options{})
+	if err != nil || len(r.Notes) != 1 || !strings.Contains(r.Notes[0], other) {
+		t.Errorf("%+v, %v", r, err)
 	}
 }
 
@@ -139,7 +162,8 @@ func TestStrangeRecord(t *testing.T) {
 }
 
 // TestForeignRecordClosesNothing: the mark of an image in use is taken for that
-// of the interrupted run only beside its own record.
+// of the interrupted run only beside its own record. One of another run is
+// removed nevertheless.
 func TestForeignRecordClosesNothing(t *testing.T) {
 	imgtest.Require(t, "qemu-img", "qemu-io")
 	image := filepath.Join(t.TempDir(), "a")
@@ -155,13 +179,19 @@ func TestForeignRecordClosesNothing(t *testing.T) {
 	}
 	for _, name := range []string{"b", "a"} {
 		wantErr := name == "b"
+		sum := imgtest.SHA256File(t, image)
 		if err := os.WriteFile(image+".compact", []byte(`{"version":1,"image":"`+name+`","layer":0}`), 0o600); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := rewrite.Abandon(t.Context(), image, rewrite.Options{}); errors.Is(err, layers.ErrCorrupt) != wantErr {
 			t.Errorf("record of %s: %v", name, err)
 		}
-		os.Remove(image + ".compact")
+		if wantErr != (imgtest.SHA256File(t, image) == sum) {
+			t.Errorf("record of %s: the image was changed or not", name)
+		}
+		if exists(image + ".compact") {
+			t.Errorf("record of %s: it stayed", name)
+		}
 	}
 }
 
@@ -182,5 +212,60 @@ func TestRunningIsInUse(t *testing.T) {
 	}})
 	if err != nil || met == 0 {
 		t.Errorf("%v, %d", err, met)
+	}
+}
+
+// TestPendingIsNotTakenOver: who is told of an interrupted run has changed
+// nothing, neither the mark of a ploop image in use nor its format extension,
+// with which Resume goes on. One that is under way is not called interrupted.
+func TestPendingIsNotTakenOver(t *testing.T) {
+	const inUse, cluster = 0x746f6e59, 64 << 10
+	for _, extension := range []bool{false, true} {
+		p := damage.NewPloop(2, cluster, 16, 0, 3)
+		// A cluster in no use that is a hole, which a takeover fills.
+		at := int64(p.Append(1) * cluster)
+		clear(p.B[at : at+cluster])
+		p.Holes = []blockmap.Range{{Off: at, Len: cluster}}
+		p.SetEntry(15, p.Append(16))
+		if extension {
+			p.AddExtension()
+		}
+		p.Put32(44, inUse)
+		path := filepath.Join(t.TempDir(), "a")
+		p.Write(t, path)
+		if err := os.WriteFile(path+".compact", []byte(`{"version":1,"image":"a","layer":0}`), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		blocks := func() int64 {
+			var st unix.Stat_t
+			if err := unix.Stat(path, &st); err != nil {
+				t.Fatal(err)
+			}
+			return st.Blocks
+		}
+		sum, was := imgtest.SHA256File(t, path), blocks()
+		if _, err := rewrite.Compact(t.Context(), path, rewrite.Options{}); !errors.Is(err, rewrite.ErrPending) {
+			t.Errorf("extension %v: %v", extension, err)
+		}
+		if imgtest.SHA256File(t, path) != sum || blocks() != was {
+			t.Errorf("extension %v: the image was changed", extension)
+		}
+		met := 0
+		_, err := rewrite.Resume(t.Context(), path, rewrite.Options{Progress: func(rewrite.Progress) {
+			met++
+			if _, err := rewrite.Compact(t.Context(), path, rewrite.Options{}); !errors.Is(err, layers.ErrInUse) {
+				t.Errorf("extension %v: under way: %v", extension, err)
+			}
+		}})
+		if err != nil || met == 0 {
+			t.Errorf("extension %v: %v, %d", extension, err, met)
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if kept := binary.LittleEndian.Uint64(b[56:]) != 0; kept != extension {
+			t.Errorf("extension %v afterwards: %v", extension, kept)
+		}
 	}
 }

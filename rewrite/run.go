@@ -34,7 +34,7 @@ func newJob(ctx context.Context, t *target, o Options) (*job, error) {
 		o.MaxExtra = DefaultMaxExtra
 	}
 	j := &job{ctx: ctx, o: o, t: t, pace: pacer{ctx: ctx, rate: o.RateLimit}, dropped: map[Phase]dropRun{}}
-	j.r = &Report{Image: t.path, Format: t.format, Layer: o.Layer, VirtualSize: t.layer.Size(), ClusterSize: t.layer.HostUnit()}
+	j.r = &Report{Image: t.path, Format: t.format, Layer: o.Layer, VirtualSize: t.layer.Size(), ClusterSize: t.layer.HostUnit(), Notes: t.notes}
 	var err error
 	if j.beside, err = t.beside(); err == nil {
 		j.r.Before, err = t.size()
@@ -274,10 +274,13 @@ func (j *job) finish() error {
 // closes the target.
 func (j *job) compact(resume bool) error {
 	j.r.Resumed, j.r.Pending = resume, resume
-	if err := j.save(); errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
-		j.unsaved = true // who has no room needs this most
-	} else if err != nil {
-		return errors.Join(err, j.t.stack.Close())
+	// The record of a run that is resumed is there, and stays as it is.
+	if !resume {
+		if err := j.save(); errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+			j.unsaved = true // who has no room needs this most
+		} else if err != nil {
+			return errors.Join(err, j.t.stack.Close())
+		}
 	}
 	begun, err := j.begin()
 	if err == nil && !resume {
@@ -315,7 +318,15 @@ func (j *job) save() error { return j.t.record.save(newRecord(j.t.name, &j.o)) }
 // the record.
 func (j *job) abandon() error {
 	j.r.Pending = true
-	_, err := j.begin()
+	begun, err := j.begin()
+	if !begun && !j.t.ours && j.ctx.Err() == nil {
+		// The image was turned away as it is, and a record that is not its own
+		// is of no use after the cause is gone either.
+		err = errors.Join(err, j.t.stack.Close())
+		gone := j.t.record.remove()
+		j.r.Pending = gone != nil
+		return errors.Join(err, gone)
+	}
 	var leaks int64
 	if err == nil {
 		leaks, err = j.t.reloc.FreeLeaks(j.ctx)

@@ -33,6 +33,7 @@ type target struct {
 	files []string             // whose sizes count
 	sizes func() (Size, error) // of files without a name
 	name  string               // of the image file in its directory, for the record
+	notes []string             // for the report
 	// pending tells that an interrupted run has left its record, ours that it
 	// is the record of this image.
 	pending, ours bool
@@ -61,14 +62,15 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 		}
 		return nil, fmt.Errorf("%s: layer %d: the stack has %d layers: %w", path, o.Layer, len(trace.Images), layers.ErrUnsupported)
 	}
-	if err := checkBase(ctx, trace, o); err != nil {
+	notes, err := checkBase(ctx, trace, o)
+	if err != nil {
 		return nil, err
 	}
 	if err := checkBundle(trace, o.Layer); err != nil {
 		return nil, err
 	}
 	at := trace.Images[o.Layer]
-	t := &target{path: at.Path, format: at.Format}
+	t := &target{path: at.Path, format: at.Format, notes: notes}
 	// Beside the file itself, where everybody finds it who knows another name.
 	real, err := filepath.EvalSymlinks(at.Path)
 	if err != nil {
@@ -226,24 +228,33 @@ func lowerOptions(o open.Options, path, format string) open.Options {
 }
 
 // checkBase refuses a layer on which images stand other than the one above it.
-func checkBase(ctx context.Context, trace *open.Trace, o *Options) error {
+// Notes are about images that may be such.
+func checkBase(ctx context.Context, trace *open.Trace, o *Options) (notes []string, err error) {
 	layer := o.Layer
-	children, err := open.Children(ctx, trace.Images[layer].Path, o.ChildDirs...)
+	kin, err := open.LookForChildren(ctx, trace.Images[layer].Path, o.ChildDirs...)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	children = slices.DeleteFunc(children, func(c string) bool {
+	children := slices.DeleteFunc(kin.Children, func(c string) bool {
 		return layer > 0 && sameFile(c, trace.Images[layer-1].Path)
 	})
-	if len(children) == 0 {
-		return nil
+	if len(children) > 0 {
+		return nil, fmt.Errorf("%s: %w: %s", trace.Images[layer].Path, ErrBase, someOf(children))
 	}
+	if len(kin.Unclear) > 0 {
+		notes = append(notes, "what these images stand on is not known, their headers are damaged: "+someOf(kin.Unclear))
+	}
+	return notes, nil
+}
+
+// someOf are the first of many paths.
+func someOf(paths []string) string {
 	const most = 3
-	list := strings.Join(children[:min(len(children), most)], ", ")
-	if len(children) > most {
+	list := strings.Join(paths[:min(len(paths), most)], ", ")
+	if len(paths) > most {
 		list += ", …"
 	}
-	return fmt.Errorf("%s: %w: %s", trace.Images[layer].Path, ErrBase, list)
+	return list
 }
 
 // checkBundle refuses an image of a ploop bundle that is not its top, and one
@@ -329,13 +340,15 @@ func (t *target) readRecord(o *Options, m mode) error {
 }
 
 // stillRunning is the error of opening an image whose run is not interrupted
-// but under way, nil otherwise.
+// but under way, nil otherwise. It opens for reading: a run that is under way
+// shuts out readers, too, and a ploop image that was not closed would be taken
+// over by who opens it for writing.
 func (t *target) stillRunning(ctx context.Context, path string, o *Options, err error) error {
 	if !errors.Is(err, ErrPending) || o.Layer > 0 {
 		return nil
 	}
 	oo := o.Open
-	oo.Writable, oo.Scratch = true, false
+	oo.Writable, oo.Scratch = false, false
 	s, err := open.Open(ctx, path, oo)
 	if err == nil {
 		err = s.Close()

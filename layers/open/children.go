@@ -22,41 +22,56 @@ import (
 // directories cannot be found; what cannot be read is passed over, but for
 // dirs themselves.
 func Children(ctx context.Context, path string, dirs ...string) ([]string, error) {
+	k, err := LookForChildren(ctx, path, dirs...)
+	return k.Children, err
+}
+
+// Kin are the qcow2 images around another image.
+type Kin struct {
+	// Children name it as their backing file.
+	Children []string
+	// Unclear are those with a header too damaged to tell what they stand on.
+	Unclear []string
+}
+
+// LookForChildren is Children that also tells of which images it is not known.
+func LookForChildren(ctx context.Context, path string, dirs ...string) (Kin, error) {
+	var all Kin
 	st, err := os.Stat(path)
 	if err != nil {
-		return nil, err
+		return all, err
 	}
 	own, err := Homes(path)
 	if err != nil {
-		return nil, err
+		return all, err
 	}
 	if !st.Mode().IsRegular() {
 		own = nil // a device has no siblings
 	}
-	all := append(own, dirs...)
+	places := append(own, dirs...)
 	var permitted []string
-	for _, dir := range all {
+	for _, dir := range places {
 		if real, err := realPath(dir); err == nil {
 			permitted = append(permitted, real)
 		}
 	}
-	var children, seen []string
-	for i, dir := range all {
+	var seen []string
+	for i, dir := range places {
 		real, err := realPath(dir)
 		if err != nil {
-			return nil, err
+			return all, err
 		}
 		if slices.Contains(seen, real) {
 			continue
 		}
 		seen = append(seen, real)
-		found, err := childrenIn(ctx, dir, st, permitted)
+		found, err := kinIn(ctx, dir, st, permitted)
 		if err != nil && (i >= len(own) || ctx.Err() != nil) {
-			return nil, err
+			return Kin{}, err
 		}
-		children = append(children, found...)
+		all.Children, all.Unclear = append(all.Children, found.Children...), append(all.Unclear, found.Unclear...)
 	}
-	return children, nil
+	return all, nil
 }
 
 // Homes are the directories in which the file at path lies: that of the name,
@@ -84,25 +99,25 @@ func leadsInto(link string, dirs []string) bool {
 	return err == nil && slices.Contains(dirs, filepath.Dir(real))
 }
 
-// childrenIn are those in one directory; permitted are all that are looked at.
-func childrenIn(ctx context.Context, dir string, base os.FileInfo, permitted []string) ([]string, error) {
+// kinIn are those in one directory; permitted are all that are looked at.
+func kinIn(ctx context.Context, dir string, base os.FileInfo, permitted []string) (Kin, error) {
+	var k Kin
 	d, err := os.Open(dir)
 	if err != nil {
-		return nil, err
+		return k, err
 	}
 	defer d.Close()
-	var children []string
 	for {
 		list, err := d.ReadDir(1024)
 		if errors.Is(err, io.EOF) {
-			return children, nil
+			return k, nil
 		}
 		if err != nil {
-			return children, err
+			return k, err
 		}
 		for _, e := range list {
 			if err := ctx.Err(); err != nil {
-				return nil, err
+				return k, err
 			}
 			child := filepath.Join(dir, e.Name())
 			if e.Type()&os.ModeSymlink != 0 && !leadsInto(child, permitted) {
@@ -112,8 +127,11 @@ func childrenIn(ctx context.Context, dir string, base os.FileInfo, permitted []s
 			if err != nil || !st.Mode().IsRegular() || os.SameFile(st, base) {
 				continue
 			}
-			if standsOn(dir, backingName(ctx, child), base) {
-				children = append(children, child)
+			switch name, known := backingName(child); {
+			case !known:
+				k.Unclear = append(k.Unclear, child)
+			case standsOn(dir, name, base):
+				k.Children = append(k.Children, child)
 			}
 		}
 	}
@@ -165,23 +183,16 @@ func fileNames(name string) []string {
 }
 
 // backingName is the backing file that a qcow2 image names, "" if there is none
-// or the file is no such image.
-func backingName(ctx context.Context, path string) string {
+// or the file is no such image; known is false when the image cannot tell. What
+// the image holds besides does not matter: of one that we cannot open, another
+// program may need the base.
+func backingName(path string) (name string, known bool) {
 	f, err := backend.Open(path, backend.Options{})
 	if err != nil {
-		return ""
+		return "", true
 	}
-	head := make([]byte, 512)
-	n, _ := f.ReadAt(head, 0) // what cannot be read is no image
-	if !qcow2.Probe(head[:n]) {
-		_ = f.Close() // opened for reading
-		return ""
-	}
-	img, err := qcow2.Open(ctx, f, layers.OpenOptions{Path: path, Cache: layers.NewCache(0)})
-	if err != nil {
-		_ = f.Close() // opened for reading
-		return ""
-	}
-	defer img.Close()
-	return img.Parent().Name
+	defer f.Close()
+	name, err = qcow2.BackingName(f)
+	var bad *layers.ImageError
+	return name, errors.Is(err, layers.ErrFormat) || !errors.As(err, &bad)
 }
