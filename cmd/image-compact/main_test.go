@@ -159,6 +159,37 @@ func TestExplain(t *testing.T) {
 	if err := r.explain(context.Background(), rewrite.ErrPending, false); !strings.Contains(messageOf(err), "--resume --layer 2 --format qcow2 --allow-path 'a b' ./-x,") {
 		t.Error(messageOf(err))
 	}
+	// What a run was told not to give back is not given back when the line that
+	// is shown is entered, and what else it was told holds again, too.
+	told := &run{flags: &flags{Image: "a", Guest: "off", Gaps: true, Swap: true, DedupParent: true, MostLeaked: true,
+		Children: []string{"/over lays", "/b"}, MaxExtra: 1 << 20, RateLimit: 7}}
+	const find = "--children '/over lays' --children /b --max-extra 1048576 --rate-limit 7 a"
+	const begin = "image-compact --guest off --gaps --swap --dedup-parent --most-leaked " + find + "\n"
+	ended, end := context.WithCancel(t.Context())
+	end()
+	for _, c := range []struct {
+		ctx     context.Context
+		err     error
+		pending bool
+		want    string
+	}{
+		{ended, context.Canceled, false, begin},
+		{t.Context(), rewrite.ErrNotPending, false, begin},
+		{ended, context.Canceled, true, "image-compact --resume " + find + ", or give up: image-compact --abandon " + find + "\n"},
+		{t.Context(), rewrite.ErrPending, false, "image-compact --resume " + find + ", "},
+	} {
+		if said := messageOf(told.explain(c.ctx, c.err, c.pending)); !strings.Contains(said, c.want) {
+			t.Errorf("%s\nwant %s", said, c.want)
+		}
+	}
+	said := messageOf(told.explain(t.Context(), &layers.ImageError{Field: "leaks", Err: layers.ErrCorrupt}, false))
+	if !strings.Contains(said, "image-fsck -n a;") {
+		t.Error(said)
+	}
+	locked := &layers.ImageError{Path: "x, y", Field: "crypt_method", Err: layers.ErrUnsupported}
+	if said := messageOf((&run{flags: &flags{Image: "x, y"}}).explain(t.Context(), locked, false)); !strings.Contains(said, "file.filename=x,, y'") {
+		t.Error(said)
+	}
 	r = &run{flags: &flags{Image: "my disk.qcow2"}}
 	stopped, stop := context.WithCancel(t.Context())
 	stop()
@@ -173,5 +204,32 @@ func TestExplain(t *testing.T) {
 	}
 	if err := r.explain(context.Background(), os.ErrDeadlineExceeded, true); !strings.Contains(messageOf(err), "--abandon 'my disk.qcow2'") {
 		t.Error(messageOf(err))
+	}
+}
+
+// TestStoppedBeforeResume: who stops --resume or --abandon at once is not told
+// that nothing is left.
+func TestStoppedBeforeResume(t *testing.T) {
+	image := filepath.Join(holed(t), ploop.RootName)
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
+	try := func(mode string) string {
+		t.Helper()
+		var out, said bytes.Buffer
+		if code := tool(&out, &said).Execute(stopped, []string{"--sandbox=off", mode, image}, &out, &said); code == 0 {
+			t.Errorf("%s: exit 0", mode)
+		}
+		return said.String()
+	}
+	if err := os.WriteFile(image+recordSuffix, []byte(`{"version":1,"image":"`+ploop.RootName+`","layer":0}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, mode := range []string{"--resume", "--abandon"} {
+		if said := try(mode); strings.Contains(said, "nothing was left") || !strings.Contains(said, "--resume "+image) {
+			t.Errorf("%s: %s", mode, said)
+		}
+	}
+	if _, err := os.Stat(image + recordSuffix); err != nil {
+		t.Error(err)
 	}
 }

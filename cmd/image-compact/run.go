@@ -75,7 +75,7 @@ func (r *run) do(ctx context.Context) error {
 	}
 	r.progress.Clear()
 	if err != nil {
-		err = r.explain(ctx, err, report != nil && report.Pending)
+		err = r.explain(ctx, err, r.pending(ctx, report, err))
 	}
 	if report == nil || err != nil && report.After == nil {
 		return err // nothing was done
@@ -176,6 +176,15 @@ func (r *run) homes() ([]string, error) {
 	return open.Homes(r.Image)
 }
 
+// pending tells whether the record of a run is there after err.
+func (r *run) pending(ctx context.Context, report *rewrite.Report, err error) bool {
+	if report != nil {
+		return report.Pending
+	}
+	// Stopped before anything was done, with the record that was there.
+	return (r.Resume || r.Abandon) && context.Cause(ctx) != nil && !errors.Is(err, rewrite.ErrNotPending)
+}
+
 // explain adds to an error what to do next. pending tells that the run has
 // left its record.
 func (r *run) explain(ctx context.Context, err error, pending bool) error {
@@ -189,17 +198,22 @@ func (r *run) explain(ctx context.Context, err error, pending bool) error {
 			return cli.WithHint(err, "nothing was changed")
 		}
 		if !pending {
-			return cli.WithHint(err, "stopped at a consistent point, the image can be used; nothing was left, begin again with: image-compact %s", image)
+			return cli.WithHint(err, "stopped at a consistent point, the image can be used; nothing was left, begin again with: image-compact %s%s", r.what(), image)
 		}
 		return cli.WithHint(err, "stopped at a consistent point, the image can be used; go on with: image-compact --resume %s, or give up: image-compact --abandon %s", image, image)
 	case errors.Is(err, rewrite.ErrPending):
 		return cli.WithHint(err, "go on with: image-compact --resume %s, or give it up: image-compact --abandon %s", image, image)
 	case errors.Is(err, rewrite.ErrNotPending):
-		return cli.WithHint(err, "begin with: image-compact %s", image)
+		return cli.WithHint(err, "begin with: image-compact %s%s", r.what(), image)
 	case errors.Is(err, rewrite.ErrBase):
 		return cli.WithHint(err, "compact the images that stand on it, each by itself; a copy can be made with --to")
 	case errors.Is(err, layers.ErrCorrupt) && errors.As(err, &at) && at.Field == "leaks":
-		return cli.WithHint(err, "nothing was changed. Look at it with: image-fsck -n %s; if the files in the guest are all right, --most-leaked gives that space back", image)
+		return cli.WithHint(err, "nothing was changed. Look at it with: image-fsck -n %s; if the files in the guest are all right, --most-leaked gives that space back", r.found())
+	case errors.Is(err, layers.ErrUnsupported) && errors.As(err, &at) && at.Path == r.Image && (at.Field == "crypt_method" || at.Field == "full disk encryption header"):
+		// Its options are a list with commas.
+		name := quoted("driver=qcow2,encrypt.key-secret=s,file.filename=" + strings.ReplaceAll(r.Image, ",", ",,"))
+		return cli.WithHint(err, "who has the key makes a compact copy with: qemu-img convert --object secret,id=s,file=KEYFILE --image-opts %s "+
+			"-O qcow2 -o encrypt.format=luks,encrypt.key-secret=s NEW", name)
 	case !pending && !r.No && r.To == "" && errors.Is(err, fs.ErrPermission):
 		return cli.WithHint(err, "nothing was changed; image-compact writes the image and a record beside it; a copy elsewhere can be made with --to")
 	case pending && r.To == "" && cli.ExitCode(err) == cli.ExitFailed:
@@ -208,27 +222,66 @@ func (r *run) explain(ctx context.Context, err error, pending bool) error {
 	return err
 }
 
-// again are the arguments with which the same image is found again.
+// arguments are flags of a command line that is shown.
+type arguments struct{ strings.Builder }
+
+func (a *arguments) flag(name string, set bool) {
+	if set {
+		a.WriteString(name + " ")
+	}
+}
+
+func (a *arguments) value(name, value string) {
+	if value != "" {
+		a.WriteString(name + " " + quoted(value) + " ")
+	}
+}
+
+func (a *arguments) number(name string, n, preset int64) {
+	if n != 0 && n != preset {
+		a.value(name, strconv.FormatInt(n, 10))
+	}
+}
+
+// what are the arguments that say what a new run gives back, with a space
+// behind. A run that is resumed takes them from its record.
+func (r *run) what() string {
+	var a arguments
+	a.flag("--guest off", r.Guest == "off")
+	a.flag("--gaps", r.Gaps)
+	a.flag("--swap", r.Swap)
+	a.flag("--dedup-parent", r.DedupParent)
+	a.flag("--most-leaked", r.MostLeaked)
+	return a.String()
+}
+
+// again are the arguments with which the same image is found again and worked
+// on under the same bounds.
 func (r *run) again() string {
-	var b strings.Builder
-	add := func(flag, value string) {
-		if value != "" {
-			b.WriteString(flag + " " + quoted(value) + " ")
-		}
+	var a arguments
+	a.number("--layer", int64(r.Layer), 0)
+	for _, d := range r.Children {
+		a.value("--children", d)
 	}
-	if r.Layer != 0 {
-		add("--layer", strconv.Itoa(r.Layer))
-	}
-	add("--format", r.Format)
-	add("--backing-format", r.BackingFormat)
+	a.number("--max-extra", int64(r.MaxExtra), rewrite.DefaultMaxExtra)
+	a.number("--rate-limit", int64(r.RateLimit), 0)
+	a.number("--cache-size", int64(r.CacheSize), 0)
+	return a.String() + r.found()
+}
+
+// found are the arguments with which any of the tools finds the image.
+func (r *run) found() string {
+	var a arguments
+	a.value("--format", r.Format)
+	a.value("--backing-format", r.BackingFormat)
 	for _, d := range r.AllowPath {
-		add("--allow-path", d)
+		a.value("--allow-path", d)
 	}
 	image := r.Image
 	if strings.HasPrefix(image, "-") {
 		image = "./" + image
 	}
-	return b.String() + quoted(image)
+	return a.String() + quoted(image)
 }
 
 // quoted is a name as a shell takes it.
