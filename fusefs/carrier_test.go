@@ -1,9 +1,11 @@
 package fusefs
 
 import (
+	"bytes"
 	"encoding/binary"
 	"os"
 	"testing"
+	"time"
 
 	"github.com/imagestack/imagestack/fusefs/uring"
 	"github.com/imagestack/imagestack/internal/imgtest"
@@ -87,15 +89,135 @@ func TestCarrierDoesNotAllocate(t *testing.T) {
 		}},
 		{"read", opRead, 0, c.Do},
 		{"write", opWrite, 0, c.Do},
+		{"write in place", opWrite, 0, func(r *uring.Request) {
+			c.rest.Store(0) // the machine may be busy
+			if !c.Try(r) {
+				t.Fatal("not tried")
+			}
+		}},
 	} {
 		r := uring.NewRequest(c.op, inoDisk, c.off, memBlock, 1<<20)
 		again := func() {
 			c.do(r)
 			// The reply has the place of the request.
 			binary.NativeEndian.PutUint32(r.Header()[4:], c.op)
+			if c.op == opWrite {
+				r.Replied(memBlock)
+			}
 		}
 		if n := testing.AllocsPerRun(100, again); n != 0 && !imgtest.RaceEnabled {
 			t.Errorf("%s: %v allocations", c.name, n)
 		}
 	}
+}
+
+// TestTryWrite: a write is answered in place only where that is allowed, is
+// noted as a change then, and is done by Do otherwise, also one of which a part
+// was stored.
+func TestTryWrite(t *testing.T) {
+	const mapped = 32 * memBlock
+	dev := newMemDevice(64 * memBlock)
+	if _, err := dev.WriteAt(t.Context(), bytes.Repeat([]byte{1}, mapped), 0); err != nil {
+		t.Fatal(err)
+	}
+	fs, err := New(dev, Options{FlushAfter: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &carrier{fs: fs}
+	write := func(fill byte, off uint64, size uint32) *uring.Request {
+		c.rest.Store(0) // the machine may be busy
+		fs.flusher.since.Store(0)
+		r := uring.NewRequest(opWrite, inoDisk, off, size, 1<<20)
+		for i := range r.Arguments() {
+			r.Arguments()[i] = fill
+		}
+		return r
+	}
+	answered := func(what string, r *uring.Request, fill byte, off uint64, size uint32) {
+		t.Helper()
+		if errno := int32(binary.NativeEndian.Uint32(r.Header()[4:])); errno != 0 || binary.NativeEndian.Uint32(r.Results()) != size {
+			t.Errorf("%s: errno %d, %d bytes", what, errno, binary.NativeEndian.Uint32(r.Results()))
+		}
+		if !bytes.Equal(dev.data[off:off+uint64(size)], bytes.Repeat([]byte{fill}, int(size))) {
+			t.Errorf("%s: not stored", what)
+		}
+		if fs.flusher.since.Load() == 0 {
+			t.Errorf("%s: nobody will sync it", what)
+		}
+	}
+	refused := func(what string, r *uring.Request) {
+		t.Helper()
+		before := bytes.Clone(dev.data)
+		if c.Try(r) {
+			t.Errorf("%s: it was answered", what)
+		}
+		if !bytes.Equal(dev.data, before) {
+			t.Errorf("%s: it was written", what)
+		}
+		if fs.flusher.since.Load() != 0 {
+			t.Errorf("%s: a change is noted", what)
+		}
+	}
+
+	r := write(2, 512, memBlock)
+	if !c.Try(r) {
+		t.Fatal("a place, and not written")
+	}
+	answered("in place", r, 2, 512, memBlock)
+
+	r = write(3, mapped-memBlock, 2*memBlock)
+	refused("no place", r)
+	c.Do(r)
+	answered("no place, done", r, 3, mapped-memBlock, 2*memBlock)
+
+	refused("too long", write(4, 0, tryWrite+1))
+	refused("nothing", write(4, 0, 0))
+	refused("over the end", write(4, uint64(fs.dev.Size())-512, 1024))
+	refused("behind the end", write(4, 1<<63, 512))
+	cut := write(4, 0, memBlock)
+	cut.Replied(512) // says less than it is to be
+	refused("data cut off", cut)
+	r = write(4, 0, memBlock)
+	fs.gate.Lock()
+	refused("during Shutdown", r)
+	fs.gate.Unlock()
+	fs.writable = false
+	refused("read-only", write(4, 0, memBlock))
+	fs.writable = true
+
+	dev.inPlace = storeNone
+	r = write(5, 0, memBlock)
+	refused("by the disk", r)
+	c.Do(r)
+	answered("by the disk, done", r, 5, 0, memBlock)
+
+	dev.inPlace = storeHalf
+	r = write(6, memBlock, memBlock)
+	if c.Try(r) || dev.data[memBlock] != 6 || dev.data[2*memBlock-1] == 6 {
+		t.Error("half was stored, and it was answered")
+	}
+	c.Do(r)
+	answered("half", r, 6, memBlock, memBlock)
+
+	dev.inPlace, dev.wait = storeAll, 2*slowWrite
+	r = write(7, 0, memBlock)
+	before := time.Now().UnixNano()
+	if !c.Try(r) {
+		t.Error("slowly: not written")
+	}
+	answered("slowly", r, 7, 0, memBlock)
+	rest := c.rest.Load()
+	if rest < before+int64(writeRest) {
+		t.Error("a write that took long has no consequence")
+	}
+	dev.wait = 0
+	r = write(8, 0, memBlock)
+	c.rest.Store(time.Now().Add(time.Hour).UnixNano())
+	refused("after a slow one", r)
+
+	if err := fs.Shutdown(); err != nil {
+		t.Fatal(err)
+	}
+	refused("after Shutdown", write(9, 0, memBlock))
 }

@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -26,7 +27,18 @@ type memDevice struct {
 	syncErr  error
 	zeroErr  error
 	punches  int
+	inPlace  inPlace       // what writes in place do
+	wait     time.Duration // how long they take
 }
+
+// inPlace is how a memDevice writes in place.
+type inPlace uint8
+
+const (
+	storeAll  inPlace = iota // what has a place
+	storeHalf                // one half, and gives up
+	storeNone
+)
 
 const memBlock = 4096
 
@@ -154,6 +166,27 @@ func (d *memDevice) ReadCached(p []byte, off int64) bool {
 	}
 	copy(p, d.data[off:])
 	return true
+}
+
+// WriteInPlace implements InPlaceWriter.
+func (d *memDevice) WriteInPlace(p []byte, off int64) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.writeErr != nil || d.inPlace == storeNone {
+		return false
+	}
+	for b := off / memBlock; b*memBlock < off+int64(len(p)); b++ {
+		if !d.used[b] {
+			return false
+		}
+	}
+	d.dirty = true
+	if d.inPlace == storeHalf {
+		p = p[:len(p)/2]
+	}
+	copy(d.data[off:], p)
+	time.Sleep(d.wait)
+	return d.inPlace == storeAll
 }
 
 // mounted mounts dev for the time of a test and returns the path of disk.raw.
