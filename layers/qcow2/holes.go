@@ -1,9 +1,23 @@
 package qcow2
 
 import (
+	"bytes"
 	"errors"
 	"io"
 )
+
+var zeroPage [maxPageBytes]byte
+
+// blank reports whether p is all zeros.
+func blank(p []byte) bool {
+	for len(p) > len(zeroPage) {
+		if !bytes.Equal(p[:len(zeroPage)], zeroPage[:]) {
+			return false
+		}
+		p = p[len(zeroPage):]
+	}
+	return bytes.Equal(p, zeroPage[:len(p)])
+}
 
 // fileHole is a range of the image file without storage, which reads as zeros.
 // L2 tables in it say nothing. Millions of tables may lie in one hole, in a file
@@ -23,6 +37,20 @@ func (img *Image) noteHole(off int64) {
 	if err == nil && data >= off+img.clusterSize {
 		img.hole.Store(&fileHole{off, data})
 	}
+}
+
+// dataBehind is the first byte of the image file at or behind off that may not
+// be zero, at most end, for files that nobody changes: off itself when that is
+// not known.
+func (img *Image) dataBehind(off, end int64) int64 {
+	data, err := img.f.SeekData(off)
+	if errors.Is(err, io.EOF) {
+		data, err = img.refreshEnd(img.f), nil
+	}
+	if err != nil {
+		return off
+	}
+	return max(off, min(data, end))
 }
 
 // inHole reports whether the table is known to lie in a hole.

@@ -293,17 +293,36 @@ func (img *Image) Counted(ctx context.Context, visit func(off, n int64) error) e
 	}
 	order := uint(h.RefcountOrder)
 	perBlock := img.clusterSize << 3 >> order
+	pageBytes := min(img.clusterSize, maxPageBytes)
+	perPage := pageBytes << 3 >> order
 	block := make([]byte, img.clusterSize)
+	var last uint64   // whose content block is
+	var hole fileHole // counts nothing
 	var run hostRun
 	w := walker{img: img, ctx: ctx}
 	err = w.words(int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<img.clusterBits, "refcount table", func(k, at int64, entry uint64) error {
 		if entry&uint64(img.clusterSize-1) != 0 || !inFile(entry, uint64(img.clusterSize)) {
 			return img.corrupt(at, "refcount table entry", entry, "it is not a cluster offset")
 		}
-		if err := img.readMeta(block, int64(entry), "refcount block"); err != nil {
-			return err
+		if hole.from <= int64(entry) && int64(entry)+img.clusterSize <= hole.to {
+			return nil
+		}
+		if entry != last {
+			last = 0
+			if err := img.readMeta(block, int64(entry), "refcount block"); err != nil {
+				return err
+			}
+			last = entry
+		}
+		if blank(block) {
+			hole = fileHole{int64(entry), img.dataBehind(int64(entry), math.MaxInt64)}
+			return nil
 		}
 		for i := int64(0); i < perBlock; i++ {
+			if i&(perPage-1) == 0 && blank(block[i/perPage*pageBytes:(i/perPage+1)*pageBytes]) {
+				i += perPage - 1
+				continue
+			}
 			if getRefcount(block, order, int(i)) == 0 {
 				continue
 			}

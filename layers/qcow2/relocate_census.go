@@ -62,7 +62,7 @@ func (ed *editor) countCensus(ctx context.Context, step func(done, total int64))
 	img := ed.img
 	c := &hostCensus{keep: img.unknownOwner(), parts: roaring.New()}
 	return c, ed.eachCensus(ctx, nil, step, func(first int64, words *censusWords) error {
-		for i := range words.len() {
+		return ed.eachWord(ctx, first, words, func(i int64) error {
 			have, err := ed.ref.count(first + i)
 			if err != nil {
 				return err
@@ -74,16 +74,45 @@ func (ed *editor) countCensus(ctx context.Context, step func(done, total int64))
 			case have < want:
 				return img.corrupt((first+i)<<img.clusterBits, "reference count", have, fmt.Sprintf("a cluster has %d references", want))
 			case have == want:
-				continue
+				return nil
 			case want > 0:
 				c.inexact = true
 			default:
 				c.leaked++
 			}
 			c.parts.Add(uint32(first / words.len()))
-		}
-		return nil
+			return nil
+		})
 	})
+}
+
+// eachWord calls do for every word that says something or whose cluster may be
+// counted. Where a page of counts and its words are zeros it need not be asked
+// cluster by cluster: a small file can name refcount blocks in holes for 2^44 of
+// them.
+func (ed *editor) eachWord(ctx context.Context, first int64, words *censusWords, do func(i int64) error) error {
+	r := ed.ref
+	for i := int64(0); i < words.len(); {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		page := (first + i) >> r.pageBits
+		end := min((page+1)<<r.pageBits-first, words.len())
+		nothing, err := r.nothing(page)
+		if err != nil {
+			return err
+		}
+		if nothing && words.blank(i, end) {
+			i = end
+			continue
+		}
+		for ; i < end; i++ {
+			if err := do(i); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
 }
 
 // eachCensus counts the references, as many clusters at a time as fit into
@@ -131,23 +160,23 @@ func (ed *editor) countable() int64 {
 	return r.hwm
 }
 
-// maxCensusParts is the number of parts that may be looked at. 16 TiB in
-// clusters of 64 KiB have 6, or 22 with wide words; a file with holes of exabytes may have any
-// number.
-const maxCensusParts = 1024
+// maxCensus is the number of clusters that may be looked at, in parts in which
+// there is something. 512 TiB in clusters of 64 KiB have as many; a file with
+// holes of exabytes may have any number.
+const maxCensus = 1 << 33
 
 // censusParts are the parts, of n clusters, in which there is anything to
 // count.
 func (ed *editor) censusParts(ctx context.Context, n int64) (*roaring.Bitmap, error) {
 	img, r := ed.img, ed.ref
-	parts := roaring.New()
+	parts, most := roaring.New(), uint64(max(maxCensus/n, 1))
 	if ed.countable() <= n {
 		parts.Add(0)
 		return parts, nil
 	}
 	add := func(from, to int64) error {
 		for p := from / n; p <= (to-1)/n; p++ {
-			if p > math.MaxUint32 || parts.CheckedAdd(uint32(p)) && parts.GetCardinality() > maxCensusParts {
+			if p > math.MaxUint32 || parts.CheckedAdd(uint32(p)) && parts.GetCardinality() > most {
 				return img.errorf(-1, "", nil, fmt.Errorf("%w: the file is too sparse", layers.ErrUnsupported))
 			}
 		}
@@ -292,15 +321,12 @@ func (img *Image) FreeLeaks(ctx context.Context) (int64, error) {
 	var freed int64
 	free := func() error {
 		return ed.eachCensus(ctx, c.parts, nil, func(first int64, words *censusWords) error {
-			for i := range words.len() {
+			return ed.eachWord(ctx, first, words, func(i int64) error {
 				_, want := words.get(i)
 				n, err := ed.lower(first+i, want)
-				if err != nil {
-					return err
-				}
 				freed += n
-			}
-			return nil
+				return err
+			})
 		})
 	}
 	if err = free(); errors.Is(err, errNarrow) { // what it did is done
@@ -352,4 +378,12 @@ func (r *refcounts) count(cluster int64) (uint64, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return r.get(cluster)
+}
+
+// nothing reports whether a page of counts is missing or all zeros.
+func (r *refcounts) nothing(page int64) (bool, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	p, err := r.page(page)
+	return p == nil || blank(p.b), err
 }

@@ -49,6 +49,19 @@ func (w *censusWords) clear() {
 	clear(w.wide)
 }
 
+// blank reports whether nothing was entered for the clusters [from, to).
+func (w *censusWords) blank(from, to int64) bool {
+	if w.wide == nil {
+		return blank(w.narrow[from:to])
+	}
+	for _, v := range w.wide[from:to] {
+		if v != 0 {
+			return false
+		}
+	}
+	return true
+}
+
 // get is what cluster i is used for, and how often.
 func (w *censusWords) get(i int64) (class layers.Role, count uint64) {
 	if w.wide != nil {

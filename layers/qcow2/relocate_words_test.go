@@ -99,3 +99,33 @@ func TestCensusInParts(t *testing.T) {
 		}
 	}
 }
+
+// TestCensusIsBounded: by clusters, however many of them are counted at a time.
+func TestCensusIsBounded(t *testing.T) {
+	img, _ := holey(t, CreateOptions{Size: 16 << 20, ClusterSize: 2 << 20, RefcountBits: 1})
+	ed := img.ed
+	if err := img.BeginRelocation(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	defer func(table []uint64) {
+		ed.ref.table = table
+		if err := img.Close(); err != nil {
+			t.Error(err)
+		}
+	}(ed.ref.table)
+	for _, n := range []int64{censusBytes, censusBytes / 4, 8 << 20} {
+		for clusters, fits := range map[int64]bool{maxCensus / 2: true, maxCensus * 2: false} {
+			ed.ref.table = make([]uint64, clusters>>ed.ref.blockBits)
+			for i := range ed.ref.table {
+				ed.ref.table[i] = uint64(img.clusterSize)
+			}
+			parts, err := ed.censusParts(t.Context(), n)
+			if fits != (err == nil) || err != nil && !errors.Is(err, layers.ErrUnsupported) {
+				t.Errorf("%d clusters, %d at a time: %v", clusters, n, err)
+			}
+			if fits && int64(parts.GetCardinality()) != (clusters+n-1)/n {
+				t.Errorf("%d clusters, %d at a time: %d parts", clusters, n, parts.GetCardinality())
+			}
+		}
+	}
+}

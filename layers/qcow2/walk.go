@@ -102,6 +102,14 @@ func (w *walker) words(off, n int64, field string, do func(i, at int64, word uin
 		}
 		// do may come back here and use the same buffer.
 		p := decodeTablePage(b)
+		if next := pos + int64(len(b)); !p.used.Load() {
+			// A long table may be a hole, and there may be many of these.
+			if w.img.ed == nil && next < n {
+				next += (w.img.dataBehind(off+next, off+n) - off - next) &^ 7
+			}
+			pos = next
+			continue
+		}
 		for i := range p.w {
 			if word := p.load(i); word != 0 {
 				at := pos + int64(i)*8
