@@ -24,10 +24,14 @@ var (
 	agedSeed = flag.Uint64("aged.seed", 0, "the first seed of TestAged with -aged.time, or the only one without")
 )
 
+// agedFloor is how many clusters have a place at the least, of the guests of the
+// seeds that are known: 9 to 33 had when this was written. These are hard ones.
+const agedFloor = 5
+
 // TestAged makes guests that have lived, each from a seed, puts them into ploop
 // images whose clusters lie in any order, loses the BAT, and holds each place
 // that a cluster is given against the guest. A cluster that was left out is in
-// order; one in a wrong place is not.
+// order; one in a wrong place is not, nor is it when nearly all are left out.
 func TestAged(t *testing.T) {
 	t.Parallel()
 	if *agedTime == 0 {
@@ -81,6 +85,9 @@ func aged(t *testing.T, seed uint64) {
 		if wrong > 0 && *agedKeep != "" {
 			imgtest.Run(t, "cp", "--sparse=always", disk, filepath.Join(*agedKeep, fmt.Sprint("disk", seed)))
 			imgtest.Run(t, "cp", "--sparse=always", img, filepath.Join(*agedKeep, fmt.Sprint("image", seed, "-", cluster)))
+		}
+		if known := *agedTime == 0 && *agedSeed == 0; known && placed < agedFloor {
+			t.Errorf("seed %d (%s), clusters of %d: only %d of %d have a place", seed, what, cluster, placed, r.Pieces)
 		}
 		t.Logf("%s, clusters of %d: %d of %d placed, %d wrong: %v", what, cluster, placed, r.Pieces, wrong, r.Placed)
 	}

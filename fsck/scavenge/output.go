@@ -173,7 +173,7 @@ func (j *job) finish(ctx context.Context) (err error) {
 	}
 	j.lost = &lostAndFound{dir: lostName(j.name), rep: j.rep}
 	defer func() {
-		if err != nil {
+		if err != nil && j.rep.New == "" {
 			err = errors.Join(err, j.lost.remove())
 		}
 	}()
@@ -184,7 +184,8 @@ func (j *job) finish(ctx context.Context) (err error) {
 	if err := j.im.leftovers(ctx); err != nil {
 		return err
 	}
-	// Before the new image has its name: after an error there is none.
+	// Before the new image has its name: after an error there is none. (But for
+	// an error that comes when it has its name: then both stay.)
 	if err := j.lost.close(); err != nil {
 		return err
 	}
@@ -235,7 +236,7 @@ func (j *job) writeNew(ctx context.Context, order []int32) (err error) {
 		return err
 	}
 	defer func() {
-		if err != nil {
+		if err != nil && j.rep.New == "" {
 			err = errors.Join(err, os.Remove(part))
 		}
 	}()
@@ -273,17 +274,25 @@ func (j *job) writeNew(ctx context.Context, order []int32) (err error) {
 		return err
 	}
 	// It never replaces a file that has come into being meanwhile.
+	linked := false
 	if err = unix.Renameat2(unix.AT_FDCWD, part, unix.AT_FDCWD, j.name, unix.RENAME_NOREPLACE); errors.Is(err, unix.EINVAL) || errors.Is(err, unix.ENOSYS) {
-		if err = os.Link(part, j.name); err == nil {
-			err = os.Remove(part)
-		}
+		err = os.Link(part, j.name)
+		linked = err == nil
 	}
 	if err != nil {
 		return fmt.Errorf("%s: %w", j.name, err)
 	}
 	j.rep.New = j.name
-	return backend.SyncDir(filepath.Dir(j.name))
+	if linked {
+		if err := os.Remove(part); err != nil {
+			return err
+		}
+	}
+	return syncDir(filepath.Dir(j.name))
 }
+
+// syncDir makes the name of the new image durable; tests let it fail.
+var syncDir = backend.SyncDir
 
 // parent tells whether something may lie under the image.
 func (j *job) parent() bool {

@@ -38,7 +38,8 @@ var ErrExists = errors.New("the new file exists already")
 
 // Run rebuilds the image at path into the new file at name. The image is
 // opened for reading only. When nothing has a proven place no file is made,
-// and the report says so; after an error there is none either.
+// and the report says so; after an error there is none either, unless the error
+// is that its name may not be durable.
 func Run(ctx context.Context, path, name string, o Options) (_ *Report, err error) {
 	for _, n := range []string{name, lostName(name), partName(name)} {
 		if _, err := os.Lstat(n); !errors.Is(err, fs.ErrNotExist) {
@@ -116,6 +117,8 @@ func rebuild(ctx context.Context, f backend.File, path, name string, o Options) 
 			o.Format = "qcow2"
 		case ploop.Probe(head):
 			o.Format = "ploop"
+		case src.failed != nil:
+			return nil, fmt.Errorf("the header cannot be read: %w (--format says which format it was)", src.failed)
 		default:
 			return nil, fmt.Errorf("%w: the header is lost: say which format it was (see --format)", layers.ErrFormat)
 		}
