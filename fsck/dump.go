@@ -53,10 +53,11 @@ const (
 // ErrDump says that a file is not a dump, or a damaged one.
 var ErrDump = errors.New("not a valid metadata dump")
 
-// MayBeDump returns an error unless a new dump may take the place of what is at
-// path: nothing, an empty file, or an earlier dump. An image, or a device, may
-// not be lost by an argument too few.
-func MayBeDump(path string) error {
+// MayBeDump returns an error unless a new dump of image (DumpIdentity.Image) may
+// take the place of what is at path: nothing, an empty file, or an earlier dump
+// of an image of that name. Neither an image, nor a device, nor the only dump of
+// another image may be lost by an argument too few.
+func MayBeDump(path, image string) error {
 	st, err := os.Stat(path)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -73,9 +74,16 @@ func MayBeDump(path string) error {
 			return err
 		}
 		defer f.Close() // opened for reading
-		b := make([]byte, len(dumpMagic))
-		if _, err := io.ReadFull(f, b); err == nil && string(b) == dumpMagic {
-			return nil
+		d, err := newDumpReader(f)
+		switch {
+		case err == nil:
+			d.close()
+			if d.id.Image == image {
+				return nil
+			}
+			return fmt.Errorf("%s: a dump of %q, which one of %q does not replace: remove it first, or take another name", path, d.id.Image, image)
+		case !errors.Is(err, ErrDump):
+			return err
 		}
 	}
 	return fmt.Errorf("%s: %w, and only that would be replaced by a new one", path, ErrDump)

@@ -23,8 +23,13 @@ type asker struct {
 }
 
 func (a *asker) decide(f fsck.Finding) bool {
-	// Not the value: another fix at the same place may change it meanwhile.
+	// Not the value: another fix at the same place may change it meanwhile. But
+	// where there is no offset, of things in a descriptor, a field may be named
+	// by its number, which is another's when one before it has gone.
 	key := fmt.Sprintf("%s\x00%s\x00%d\x00%s", f.Code.Name, f.Place.File, f.Place.Offset, f.Place.Field)
+	if f.Place.Offset < 0 {
+		key += fmt.Sprintf("\x00%v", f.Place.Value)
+	}
 	if a.all || a.none || a.no[key] {
 		return a.all && !a.no[key]
 	}

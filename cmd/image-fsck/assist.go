@@ -129,7 +129,7 @@ func (a *assistant) Serve(ctx context.Context, request json.RawMessage, _ keeper
 			r.Err = u.Remove(q.Name)
 		}
 	case actDump:
-		r.FD, r.Err = a.dump()
+		r.FD, r.Err = a.dump(q.Name)
 	case actDumpDone:
 		if a.pending == nil {
 			r.Err = errors.New("there is no dump")
@@ -208,13 +208,13 @@ func (a *assistant) undoFor(path string) string {
 	return a.Images[0]
 }
 
-// dump makes the file of a dump. One that is complete replaces the one of the
-// night before.
-func (a *assistant) dump() (fd int, err error) {
+// dump makes the file of a dump of image. One that is complete replaces the one
+// of the night before.
+func (a *assistant) dump(image string) (fd int, err error) {
 	if a.Dump == "" || a.pending != nil {
 		return -1, errors.New("no dump is to be made")
 	}
-	if err := fsck.MayBeDump(a.Dump); err != nil {
+	if err := fsck.MayBeDump(a.Dump, image); err != nil {
 		return -1, err
 	}
 	if a.pending, err = renameio.NewPendingFile(a.Dump, renameio.WithPermissions(0o600)); err != nil {

@@ -26,14 +26,24 @@ func (r *run) dump(ctx context.Context) (err error) {
 		return errors.Join(d.WriteJSON(ctx, r.stdout), d.Close())
 	}
 	// The keeper makes the file and, when it is complete, puts it in its place.
-	fd, err := r.keeper.AskFile(ctx, assistRequest{Act: actDump}, nil, -1)
-	if err != nil {
-		return err
+	var f *os.File
+	defer func() {
+		if f != nil {
+			_ = f.Close() // after an error; what was written is not used then
+		}
+	}()
+	create := func(image string) (*os.File, error) {
+		if f == nil {
+			fd, err := r.keeper.AskFile(ctx, assistRequest{Act: actDump, Name: image}, nil, -1)
+			if err != nil {
+				return nil, err
+			}
+			f = os.NewFile(uintptr(fd), r.Dump)
+		}
+		return f, nil
 	}
-	f := os.NewFile(uintptr(fd), r.Dump)
-	defer f.Close() // after an error; what was written is not used then
 	for try := 1; ; try++ {
-		again, err := r.writeDump(ctx, f)
+		again, err := r.writeDump(ctx, create)
 		if err == nil {
 			break
 		}
@@ -68,13 +78,18 @@ func (r *run) openDump(ctx context.Context) (*fsck.Dumped, error) {
 	return d, err
 }
 
-// writeDump reports whether another try may do better.
-func (r *run) writeDump(ctx context.Context, f *os.File) (again bool, err error) {
+// writeDump writes into the file that create returns for the image, and reports
+// whether another try may do better.
+func (r *run) writeDump(ctx context.Context, create func(image string) (*os.File, error)) (again bool, err error) {
 	d, err := r.openDump(ctx)
 	if err != nil {
 		return false, err
 	}
 	defer func() { err = errors.Join(err, d.Close()) }()
+	f, err := create(d.ID.Image)
+	if err != nil {
+		return false, err
+	}
 	w := bufio.NewWriterSize(f, 256<<10)
 	err = errors.Join(d.Write(ctx, w), w.Flush(), d.Unchanged(ctx))
 	return errors.Is(err, fsck.ErrUnstable), err

@@ -115,6 +115,11 @@ func TestDumpRestore(t *testing.T) {
 	}
 	good := imgtest.SHA256File(t, "a.hds")
 	want(t, 0, "--dump", "a.dump", "a.hds") // replaces the old one
+	ploopImage(t, "other.hds")
+	dumped := imgtest.SHA256File(t, "a.dump")
+	if _, stderr := want(t, 8, "--dump", "a.dump", "other.hds"); !strings.Contains(stderr, "remove it first") || imgtest.SHA256File(t, "a.dump") != dumped {
+		t.Errorf("the only dump of another image is replaced: %s", stderr)
+	}
 	if _, stderr := want(t, 8, "--restore", "a.dump", "-y", "a.hds"); !strings.Contains(stderr, "is clean") {
 		t.Error(stderr)
 	}

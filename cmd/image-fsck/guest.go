@@ -48,6 +48,9 @@ type guestDoc struct {
 	Exit        int          `json:"exit"`
 	NewTop      string       `json:"new-top,omitempty"`
 	Filesystems []guestCheck `json:"filesystems"`
+	// unread tells that a part of the disk could not be read, or that the new
+	// top could not be written.
+	unread bool
 }
 
 // guest checks the filesystems of one image.
@@ -84,13 +87,14 @@ func (r *run) guest(ctx context.Context) (err error) {
 		err = r.guestStack(ctx, path, o, &doc)
 	}
 	if r.top != "" {
-		act := actDropTop // nothing was repaired
-		switch {
-		case err != nil || doc.Exit&fsck.ExitCorrected == 0:
-		case doc.Exit&fsck.ExitOperational == 0:
-			act, doc.NewTop = actKeepTop, r.top
-		default:
-			doc.dropped()
+		act := actDropTop
+		if err == nil && doc.Exit&fsck.ExitCorrected != 0 { // else nothing was repaired
+			if why := doc.doubt(); why == "" {
+				act, doc.NewTop = actKeepTop, r.top
+			} else {
+				doc.dropped()
+				fmt.Fprintf(r.stderr, "image-fsck: %s is removed, with all repairs in it: %s\n", printable(r.top), why)
+			}
 		}
 		err = errors.Join(err, r.keeper.Ask(context.WithoutCancel(ctx), assistRequest{Act: act}, nil))
 	}
@@ -106,6 +110,19 @@ func (r *run) guest(ctx context.Context) (err error) {
 		return err
 	}
 	return cli.Exit(doc.Exit)
+}
+
+// doubt says why a new top layer is not to be kept, "" when it is.
+func (doc *guestDoc) doubt() string {
+	if doc.unread {
+		return "a part of the disk could not be read or written"
+	}
+	for _, c := range doc.Filesystems {
+		if c.Exit&fsck.ExitCorrected != 0 && c.Exit&fsck.ExitOperational != 0 {
+			return "the repair of " + c.Partition + " was not finished"
+		}
+	}
+	return ""
 }
 
 // dropped takes back what repairs say whose new top layer nobody keeps: what
@@ -248,6 +265,7 @@ func (r *run) guestStack(ctx context.Context, path string, o open.Options, doc *
 			return err
 		}
 		if unread.Load() {
+			doc.unread = true
 			c.Exit |= fsck.ExitOperational
 		}
 		doc.Exit |= c.Exit

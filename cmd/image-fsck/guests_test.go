@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"io"
 	"os"
 	"os/exec"
@@ -139,6 +140,48 @@ func TestGuests(t *testing.T) {
 			}
 			see(guestJSON(t, bits(c.check), path), c.check)
 		})
+	}
+}
+
+// TestGuestKeepsOne: what was repaired in one partition is kept, although the
+// checker of another does not know all that is there.
+func TestGuestKeepsOne(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "mkfs.ext4", "e2fsck", "debugfs", "mkfs.xfs", "mkfs.btrfs", "btrfs", "sfdisk")
+	imgtest.RequireFuse(t)
+	t.Chdir(t.TempDir())
+	guestDisk(t, "qcow2", "d.qcow2", map[string]func(*testing.T, string){"p1": hurtExt4, "p2": func(t *testing.T, part string) {
+		imgtest.Run(t, "wipefs", "-q", "-a", part)
+		imgtest.Run(t, "mkfs.ext4", "-q", "-F", "-O", "^metadata_csum", part)
+		poke(t, part, 1024+96+3, []byte{0x80}) // an incompatible feature that nobody knows
+	}})
+	doc := guestJSON(t, 1|8, "-y", "d.qcow2")
+	if len(doc.Filesystems) != 3 || doc.Filesystems[0].Exit != 1 || doc.Filesystems[1].Exit != 8 || doc.NewTop != "d.qcow2.guest.qcow2" {
+		t.Fatalf("%+v", doc)
+	}
+	if doc = guestJSON(t, 8, doc.NewTop); doc.Filesystems[0].Exit != 0 {
+		t.Errorf("%+v", doc)
+	}
+}
+
+// TestGuestDoubt: when the new top is not to be kept.
+func TestGuestDoubt(t *testing.T) {
+	for _, c := range []struct {
+		want   string
+		unread bool
+		exits  []int
+	}{
+		{"", false, []int{1, 8, 4}},
+		{"", false, []int{1 | 4}},
+		{"p2", false, []int{1, 1 | 8}},
+		{"read", true, []int{1}},
+	} {
+		doc := guestDoc{unread: c.unread}
+		for i, e := range c.exits {
+			doc.Filesystems = append(doc.Filesystems, guestCheck{Partition: fmt.Sprint("p", i+1), Exit: e})
+		}
+		if why := doc.doubt(); (why == "") != (c.want == "") || !strings.Contains(why, c.want) {
+			t.Errorf("%v: %q", c.exits, why)
+		}
 	}
 }
 

@@ -21,6 +21,7 @@ func TestSecrets(t *testing.T) {
 	}
 	dir := t.TempDir()
 	t.Chdir(dir)
+	hidden := filepath.Dir(outside)      // also a name for itself
 	mine := filepath.Join(dir, "inside") // as long as the other
 	for _, c := range []struct {
 		name, code string
@@ -30,7 +31,7 @@ func TestSecrets(t *testing.T) {
 		{"file:" + outside, "stack.parent.not-followed", nil},
 		{`json:{"driver":"raw","file":{"driver":"file","filename":"` + outside + `"}}`, "stack.parent.not-followed", nil},
 		{"nbd://127.0.0.1:1/x", "stack.parent.not-followed", nil},
-		{"fat:rw:" + filepath.Dir(outside), "stack.parent.not-followed", nil},
+		{"fat:rw:" + hidden, "stack.parent.not-followed", nil},
 		{outside, "qcow2.datafile.unavailable", []string{"-o", "data_file=" + mine}},
 	} {
 		create := append([]string{"create", "-q", "-f", "qcow2"}, c.args...)
@@ -66,7 +67,7 @@ func TestSecrets(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if s := string(trace); !strings.Contains(s, `"image"`) || strings.Contains(s, outside) || strings.Contains(s, "AF_INET") {
+			if s := string(trace); !strings.Contains(s, `"image"`) || strings.Contains(s, hidden) || strings.Contains(s, "AF_INET") {
 				t.Errorf("%s %s: it was opened", mode, c.name)
 			}
 		}
