@@ -76,6 +76,8 @@ type check struct {
 	unfixed  atomic.Bool // damage stays
 	fresh    map[int64]bool
 	sources  map[int64]bool // clusters of which the plan makes copies
+	copied   int64          // bytes that separate copies
+	mayCopy  int64          // the most of them, 0 = not known yet
 	kept     map[int64]bool // clusters whose owners stay in doubt
 	spreads  map[int64]bool // entries, by their place, whose compressed cluster was moved
 	told     map[int64]bool // clusters of which it was said that they cannot be counted

@@ -50,7 +50,7 @@ var (
 	codeL2Unaligned = fsck.Register("qcow2.l2.entry-unaligned", fsck.Damage, "An L2 entry names a cluster that is not on a cluster boundary.", losesRange)
 	codeL2PastEOF   = fsck.Register("qcow2.l2.entry-past-eof", fsck.Damage, "An L2 entry names a cluster behind the end of the file.", losesRange)
 	codeL2Metadata  = fsck.Register("qcow2.l2.entry-into-metadata", fsck.Damage, "An L2 entry names a cluster that holds metadata: a write by the guest would destroy it.", losesRange)
-	codeL2Duplicate = fsck.Register("qcow2.l2.duplicate", fsck.Damage, "Several guest clusters, or a plain and a compressed one, are stored in the same cluster.", "-y leaves it to one, by evidence of the guest where there is some, copies it for the others, and names all of them as in doubt.")
+	codeL2Duplicate = fsck.Register("qcow2.l2.duplicate", fsck.Damage, "Several guest clusters, or a plain and a compressed one, are stored in the same cluster.", "-y leaves it to one, by evidence of the guest where there is some, copies it for the others, and names all of them as in doubt. More than 16 claims on one cluster are no accident: those from the 17th on are made zeros, and so are those for which more would have to be copied than the image takes, or 1 GiB.")
 	codeL2CopiedSet = fsck.Register("qcow2.l2.copied-set", fsck.Damage, "The COPIED flag of an L2 entry is set although the cluster is shared: a write would change snapshots.", byPreen)
 	codeL2CopiedOff = fsck.Register("qcow2.l2.copied-clear", fsck.Leak, "The COPIED flag of an L2 entry is clear although the cluster is not shared.", byPreen)
 	codeL2Copied0   = fsck.Register("qcow2.l2.copied-unmapped", fsck.Damage, "The COPIED flag is set in an L2 entry that names no cluster.", byPreen)

@@ -344,7 +344,10 @@ func (c *check) wrongCount(k int64, r *countRun) bool {
 func (c *check) keepContent(off, n int64) {
 	end := min(off+n, c.size)
 	b := make([]byte, 1<<20)
-	for at := off; at < end; at += int64(len(b)) {
+	for at := off; ; at += int64(len(b)) {
+		if at = max(at, c.dataAt(at)); at >= end || c.failed() != nil {
+			return // holes, or Ctrl-C
+		}
 		part := b[:min(int64(len(b)), end-at)]
 		c.read(part, at)
 		for _, v := range part {

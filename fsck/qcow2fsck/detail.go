@@ -15,6 +15,14 @@ import (
 const (
 	maxDoubts  = 1 << 18 // clusters whose owners are looked up
 	ownerBytes = 96
+
+	// maxClaims is how many guest clusters that name one cluster get it, or a
+	// copy of it. So many are no accident, and copies for all could fill the
+	// host.
+	maxClaims = 16
+	// freeCopies is how many bytes a repair may always copy for them; it may
+	// copy as much as the image takes.
+	freeCopies = 1 << 30
 )
 
 // owner is an entry that refers to a cluster in doubt.
@@ -192,6 +200,9 @@ func (c *check) resolve(list []owner) {
 func (c *check) shorten(cluster int64, list []owner) []owner {
 	left := list[:0:0]
 	for _, o := range list {
+		if c.spreads[o.at] {
+			continue // moved out of the cluster in front, from where it reached here
+		}
 		e := o.e
 		if e.kind != fPacked || int64(e.off>>c.bits) == cluster {
 			left = append(left, o)
@@ -217,8 +228,8 @@ func (c *check) shorten(cluster int64, list []owner) []owner {
 }
 
 // separate gives each guest cluster but one a cluster of its own, or makes it
-// zeros where the guest has proved that it is free. It returns the owners that
-// stay.
+// zeros where the guest has proved that it is free, or where there are too many
+// of them. It returns the owners that stay.
 func (c *check) separate(cluster int64, plain, packed []owner, crowded bool) []owner {
 	free := func(o *owner) bool { return o.active && c.o.GuestFree != nil && c.o.GuestFree(o.guest, c.cs) }
 	keep := -1 // index of the owner that stays, with all of its guest offset
@@ -250,13 +261,18 @@ func (c *check) separate(cluster int64, plain, packed []owner, crowded bool) []o
 		}
 	}
 	doubt = keepRanges(doubt)
+	fates, excess := c.fates(cluster, plain, keep, crowded, free)
+	fix := "leave it to one and copy it for the others"
+	if excess > 0 {
+		fix = fmt.Sprintf("leave it to one, copy it for the first of the others, and make the last %d zeros: so many copies could fill the disk of the host", excess)
+	}
 	text := fmt.Sprintf("%d entries name the cluster at %#x", len(plain)+len(packed), cluster<<c.bits)
 	code := codeL2Duplicate
 	if crowded && len(packed) == 0 {
 		code = codeRefTooNarrow
 	}
 	f := fsck.Finding{Code: code, Place: fsck.Place{Offset: plain[0].at, Field: fmt.Sprintf("L2 entry of guest offset %#x", plain[0].guest), Value: plain[0].e.entry},
-		Guest: doubt[:min(len(doubt), 8)], Text: text, Fix: full("leave it to one and copy it for the others", doubt...)}
+		Guest: doubt[:min(len(doubt), 8)], Text: text, Fix: full(fix, doubt...)}
 	if !c.report(f) {
 		c.kept[cluster] = true
 		return plain
@@ -265,15 +281,15 @@ func (c *check) separate(cluster int64, plain, packed []owner, crowded bool) []o
 	// and not used.
 	c.mapLoss.Store(true)
 	var stay []owner
-	copies := map[int64]int64{}
+	places := map[int64]int64{} // of the copies
 	for k := range plain {
 		o := &plain[k]
-		if keep >= 0 && (k == keep || o.guest == plain[keep].guest && !crowded) {
+		if fates[k] == stays {
 			stay = append(stay, *o)
 			continue
 		}
 		c.release(cluster, o.weight)
-		if free(o) {
+		if fates[k] == emptied {
 			entry, sub := c.nothing()
 			c.put64(fsck.PhaseMap, o.at, entry)
 			if c.extended {
@@ -281,16 +297,15 @@ func (c *check) separate(cluster int64, plain, packed []owner, crowded bool) []o
 			}
 			continue
 		}
-		// Entries of the same guest cluster, in tables of several snapshots,
-		// share the copy.
-		to, ok := copies[o.guest]
-		if ok && !crowded {
+		to, ok := places[o.guest]
+		if ok && fates[k] == shares {
 			c.addTo(to, o.weight)
 		} else {
 			if to, ok = c.alloc(1, o.weight, fPlain); !ok {
 				return stay
 			}
-			copies[o.guest] = to
+			places[o.guest] = to
+			c.copied += c.cs
 			src := cluster << c.bits
 			c.sources[cluster] = true
 			if !c.planned(c.plan.Copy(to<<c.bits, src, min(c.cs, max(c.size-src, 1)))) {
@@ -304,6 +319,60 @@ func (c *check) separate(cluster int64, plain, packed []owner, crowded bool) []o
 		c.put64(fsck.PhaseMap, o.at, entry)
 	}
 	return stay
+}
+
+// fate is what becomes of an entry that names a cluster with others.
+type fate uint8
+
+const (
+	emptied fate = iota
+	stays        // names the cluster as before
+	copies       // gets a copy
+	shares       // names the copy of another entry of its guest cluster
+)
+
+// fates settles that. excess of the entries are emptied only because there are
+// too many.
+func (c *check) fates(cluster int64, plain []owner, keep int, crowded bool, free func(*owner) bool) (fates []fate, excess int) {
+	fates = make([]fate, len(plain))
+	served := map[int64]bool{} // guest clusters
+	if keep >= 0 {
+		served[plain[keep].guest] = true
+	}
+	copied := map[int64]bool{}
+	bytes := c.copied
+	zeros := c.h.version >= 3 && c.isHole(cluster<<c.bits, c.cs) // as the entries say without a copy
+	for k := range plain {
+		o := &plain[k]
+		switch {
+		case k == keep, keep >= 0 && o.guest == plain[keep].guest && !crowded:
+			fates[k] = stays
+		case free(o), zeros:
+		case copied[o.guest] && !crowded:
+			// In tables of several snapshots.
+			fates[k] = shares
+		case !served[o.guest] && len(served) >= maxClaims, bytes+c.cs > c.maxCopied():
+			excess++
+		default:
+			fates[k] = copies
+			served[o.guest], copied[o.guest] = true, true
+			bytes += c.cs
+		}
+	}
+	return fates, excess
+}
+
+// maxCopied is how many bytes may be copied for clusters that several guest
+// clusters name.
+func (c *check) maxCopied() int64 {
+	if c.mayCopy == 0 {
+		used, err := c.f.Allocated()
+		if err != nil {
+			used = 0
+		}
+		c.mayCopy = max(used, freeCopies)
+	}
+	return c.mayCopy
 }
 
 // alone reports that no other entry has the guest cluster of o.

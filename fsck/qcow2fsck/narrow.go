@@ -21,7 +21,6 @@ func (c *check) spread(cluster int64, packed []owner) {
 	stay := uint64(0)
 	for _, o := range packed {
 		switch w := uint64(o.weight); {
-		case c.spreads[o.at]: // out of the cluster in front, into which it reached
 		case w <= c.maxCount() && stay <= c.maxCount()-w:
 			stay += w
 		case w > c.maxCount():
