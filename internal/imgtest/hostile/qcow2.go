@@ -377,7 +377,21 @@ func longTables() []Case {
 	for i := range large / 8 {
 		packed.set64(4*large+8*i, 1<<62|uint64(0x1fff)<<49|uint64(5*large+i))
 	}
+	// Very many entries of such a table name the same cluster, or 16 of them each
+	// cluster of a hole: copies for all would be half a terabyte.
+	same, sixteen := slices.Clone(packed), slices.Clone(packed)
+	for i := range large / 8 {
+		same.set64(4*large+8*i, 0)
+		if i < 170_000 {
+			same.set64(4*large+8*i, copied|5*large)
+		}
+		sixteen.set64(4*large+8*i, copied|uint64(5+i/16)*large)
+	}
+	copy(same[5*large:], "data of the guest")
 	all := []Case{
+		{Name: "qcow2 a table of 2 MiB that names one cluster", Class: Bomb, Image: name, By: exits(0, 4, 0, 0), Build: file(name, same)},
+		{Name: "qcow2 a table of 2 MiB that names each cluster 16 times", Class: Bomb, Image: name,
+			Build: both(file(name, sixteen), func(d Dirs) error { return os.Truncate(filepath.Join(d.In, name), (5+large/8/16)*large) })},
 		table("four million tables in a hole", nil, behind+entries*cluster, func(i int) uint64 { return copied | uint64(behind+i*cluster) }),
 		table("four million tables with reserved bits", exits(4, 4, 0, 0), behind+entries*cluster, func(i int) uint64 { return uint64(behind+i*cluster) | later(i) }),
 		table("four million tables out of place", exits(4, 4, 0, 0), behind, func(i int) uint64 { return uint64(4*cluster+i*512) * later(i) }),
