@@ -88,7 +88,7 @@ func TestManyClaims(t *testing.T) {
 		}
 		rep := col.Sum(fsck.Stats{})
 		if n, err := plan.Size(); err != nil || n > c.clusters*cs+c.most {
-			t.Errorf("%s: an image of %d bytes would get %d, %v", c.name, c.clusters*cs, n, err)
+			t.Fatalf("%s: an image of %d bytes would get %d, %v", c.name, c.clusters*cs, n, err)
 		}
 		lost := int64(0)
 		for _, r := range lostOf(rep) {
