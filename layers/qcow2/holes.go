@@ -40,8 +40,8 @@ func (img *Image) noteHole(off int64) {
 }
 
 // dataBehind is the first byte of the image file at or behind off that may not
-// be zero, at most end, for files that nobody changes: off itself when that is
-// not known.
+// be zero, at most end: off itself when that is not known. Only who knows that
+// nothing is written there may go by it.
 func (img *Image) dataBehind(off, end int64) int64 {
 	data, err := img.f.SeekData(off)
 	if errors.Is(err, io.EOF) {

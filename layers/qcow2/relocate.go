@@ -297,6 +297,7 @@ func (img *Image) Counted(ctx context.Context, visit func(off, n int64) error) e
 	perPage := pageBytes << 3 >> order
 	block := make([]byte, img.clusterSize)
 	var last uint64   // whose content block is
+	var parts []int64 // of it that count anything, in pages
 	var hole fileHole // counts nothing
 	var run hostRun
 	w := walker{img: img, ctx: ctx}
@@ -312,33 +313,36 @@ func (img *Image) Counted(ctx context.Context, visit func(off, n int64) error) e
 			if err := img.readMeta(block, int64(entry), "refcount block"); err != nil {
 				return err
 			}
-			last = entry
+			last, parts = entry, parts[:0]
+			for p := int64(0); p*pageBytes < img.clusterSize; p++ {
+				if !blank(block[p*pageBytes : (p+1)*pageBytes]) {
+					parts = append(parts, p)
+				}
+			}
 		}
-		if blank(block) {
+		if len(parts) == 0 {
 			hole = fileHole{int64(entry), img.dataBehind(int64(entry), math.MaxInt64)}
 			return nil
 		}
-		for i := int64(0); i < perBlock; i++ {
-			if i&(perPage-1) == 0 && blank(block[i/perPage*pageBytes:(i/perPage+1)*pageBytes]) {
-				i += perPage - 1
-				continue
-			}
-			if getRefcount(block, order, int(i)) == 0 {
-				continue
-			}
-			c := k*perBlock + i
-			if c > math.MaxInt64>>img.clusterBits-1 {
-				return img.corrupt(at, "refcount table entry", entry, "clusters are counted that no file has")
-			}
-			if run.first+run.n != c {
-				if run.n > 0 {
-					if err := visit(run.first<<img.clusterBits, run.n<<img.clusterBits); err != nil {
-						return err
-					}
+		for _, p := range parts {
+			for i := p * perPage; i < (p+1)*perPage; i++ {
+				if getRefcount(block, order, int(i)) == 0 {
+					continue
 				}
-				run = hostRun{first: c}
+				c := k*perBlock + i
+				if c > math.MaxInt64>>img.clusterBits-1 {
+					return img.corrupt(at, "refcount table entry", entry, "clusters are counted that no file has")
+				}
+				if run.first+run.n != c {
+					if run.n > 0 {
+						if err := visit(run.first<<img.clusterBits, run.n<<img.clusterBits); err != nil {
+							return err
+						}
+					}
+					run = hostRun{first: c}
+				}
+				run.n++
 			}
-			run.n++
 		}
 		return nil
 	})

@@ -92,13 +92,14 @@ func (ed *editor) countCensus(ctx context.Context, step func(done, total int64))
 // them.
 func (ed *editor) eachWord(ctx context.Context, first int64, words *censusWords, do func(i int64) error) error {
 	r := ed.ref
+	var hole fileHole // what is in it changes as little as what it counts
 	for i := int64(0); i < words.len(); {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
 		page := (first + i) >> r.pageBits
 		end := min((page+1)<<r.pageBits-first, words.len())
-		nothing, err := r.nothing(page)
+		nothing, err := r.nothing(page, &hole)
 		if err != nil {
 			return err
 		}
@@ -380,10 +381,25 @@ func (r *refcounts) count(cluster int64) (uint64, error) {
 	return r.get(cluster)
 }
 
-// nothing reports whether a page of counts is missing or all zeros.
-func (r *refcounts) nothing(page int64) (bool, error) {
+// nothing reports whether a page of counts is missing or all zeros. hole is the
+// last one in the file that was met.
+func (r *refcounts) nothing(page int64, hole *fileHole) (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if c := r.pages.Get(page); c != nil {
+		return blank(c.Value.(*refPage).b), nil
+	}
+	off, err := r.pageAt(page)
+	if off == 0 || err != nil {
+		return err == nil, err
+	}
+	end := off + r.pageBytes
+	if off < hole.from || end > hole.to {
+		*hole = fileHole{off, r.img.dataBehind(off, math.MaxInt64)}
+	}
+	if end <= hole.to {
+		return true, nil
+	}
 	p, err := r.page(page)
 	return p == nil || blank(p.b), err
 }

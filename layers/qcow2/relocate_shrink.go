@@ -99,7 +99,10 @@ func (r *refcounts) lastUsed() (int64, error) {
 			if err != nil {
 				return 0, err
 			}
-			for i := 1<<r.pageBits - 1; page != nil && i >= 0; i-- {
+			if page == nil || blank(page.b) {
+				continue
+			}
+			for i := 1<<r.pageBits - 1; i >= 0; i-- {
 				if getRefcount(page.b, r.order, i) != 0 {
 					return p<<r.pageBits + int64(i) + 1, nil
 				}
