@@ -19,9 +19,10 @@ const flatBlock = 4096
 
 // flatten returns a stack of one raw layer with the content of s, which it
 // takes over: a file without a name that shares the storage of the files of s
-// (reflinks). The files of s stay open, and locked, as long as it lives.
-func flatten(ctx context.Context, s *layers.Stack, f backend.File, writable bool) (*layers.Stack, error) {
-	fl := flattener{s: s, f: f}
+// (reflinks, by clone: backend.CloneRange). The files of s stay open, and
+// locked, as long as it lives. After an error s and f are still the caller's.
+func flatten(ctx context.Context, s *layers.Stack, f backend.File, writable bool, clone cloner) (*layers.Stack, error) {
+	fl := flattener{s: s, f: f, clone: clone}
 	if err := fl.fill(ctx); err != nil {
 		return nil, err
 	}
@@ -32,9 +33,12 @@ func flatten(ctx context.Context, s *layers.Stack, f backend.File, writable bool
 	return layers.NewStack([]layers.Layer{img}, layers.StackOptions{Writable: writable, Closers: []io.Closer{s}})
 }
 
+type cloner func(dst, src backend.File, srcOff, off, n int64) error
+
 type flattener struct {
 	s      *layers.Stack
 	f      backend.File
+	clone  cloner
 	shared bool // a clone has worked
 	buf    []byte
 }
@@ -79,7 +83,7 @@ func (fl *flattener) share(ctx context.Context, e blockmap.Extent) error {
 		head, body = e.Len, 0 // never on the same block boundary
 	}
 	if body > 0 {
-		err := backend.CloneRange(fl.f, src, e.Host+head, e.Guest+head, body)
+		err := fl.clone(fl.f, src, e.Host+head, e.Guest+head, body)
 		switch {
 		case err == nil:
 			fl.shared = true

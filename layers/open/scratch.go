@@ -38,7 +38,7 @@ func (op *opener) flat(s *layers.Stack) (*layers.Stack, error) {
 	if err != nil {
 		return nil, err
 	}
-	flat, err := flatten(op.ctx, s, f, op.o.Scratch)
+	flat, err := flatten(op.ctx, s, f, op.o.Scratch, backend.CloneRange)
 	if err != nil && own {
 		_ = f.Close() // it has no name: closing removes it
 	}
