@@ -53,14 +53,18 @@ type faultGuest struct {
 	r      *matrixRun
 	before []byte
 	at     int64 // of the file that it uses, on the disk
+	steps  []guestStep
 	may    [][]int
 	sure   []int // of may, how many from the start are older than the last success
 	frozen bool  // the host failed to sync: nothing may be changed any more
 	unsure bool  // the server died or a close failed
+
+	loop     bool // it uses a loop device
+	readOnly bool // and only reads
 }
 
 func newFaultGuest(r *matrixRun, before []byte) *faultGuest {
-	g := &faultGuest{r: r, before: before, may: make([][]int, len(before)/sector), sure: make([]int, len(before)/sector)}
+	g := &faultGuest{r: r, before: before, steps: guestScript, may: make([][]int, len(before)/sector), sure: make([]int, len(before)/sector)}
 	for i := range g.may {
 		g.may[i] = []int{0}
 	}
@@ -72,7 +76,7 @@ func (g *faultGuest) value(version, i int) []byte {
 	switch {
 	case version == 0:
 		return g.before[at:][:sector]
-	case guestScript[(version-1)%len(guestScript)].how != 0:
+	case g.steps[(version-1)%len(g.steps)].how != 0:
 		return make([]byte, sector)
 	}
 	return imgtest.PatternBytes(uint64(version+100), at, sector)
@@ -123,7 +127,7 @@ func (g *faultGuest) step(f *os.File, version int, s guestStep) error {
 	case s.how != 0:
 		return unix.Fallocate(int(f.Fd()), uint32(s.how), s.off, s.n)
 	}
-	p := make([]byte, 0, s.n)
+	p := make([]byte, 0, max(s.n, 64<<10)) // so large that it begins with a page, for O_DIRECT
 	for i := (g.at + s.off) / sector; i < (g.at+s.off+s.n)/sector; i++ {
 		p = append(p, g.value(version, int(i))...)
 	}
@@ -139,9 +143,9 @@ func (g *faultGuest) script(path string) error {
 		return g.accept("open", err)
 	}
 	defer f.Close()
-	for k, s := range guestScript {
+	for k, s := range g.steps {
 		for try := range 2 {
-			version := 1 + k + try*len(guestScript)
+			version := 1 + k + try*len(g.steps)
 			err := g.step(f, version, s)
 			g.r.note("guest: step %d, try %d: %v", k, try, err)
 			if s.n > 0 {
@@ -199,7 +203,7 @@ func (g *faultGuest) accept(what string, err error) error {
 	switch r.mode {
 	case modeKill:
 		g.unsure = true
-		if gone(err) {
+		if gone(err) || g.loop && errors.Is(err, unix.EIO) {
 			return nil
 		}
 	case modeEIO, modeBad, modeLoss:
@@ -210,7 +214,8 @@ func (g *faultGuest) accept(what string, err error) error {
 			return nil
 		}
 	default:
-		if errors.Is(err, unix.ENOSPC) {
+		// A loop device says of many requests only that they failed.
+		if errors.Is(err, unix.ENOSPC) || g.loop && errors.Is(err, unix.EIO) {
 			return nil
 		}
 	}
@@ -226,6 +231,7 @@ func (r *matrixRun) ended() {
 // mounts is a writable mount with a guest on it.
 func mounts(name string, setup func(*testing.T, string), image string, flags ...string) row {
 	scratch, parts := slices.Contains(flags, "--scratch"), slices.Contains(flags, "--partitions")
+	loop, writes := slices.Contains(flags, "--loop"), scratch || slices.Contains(flags, "-w")
 	var g *faultGuest // of the run that is judged next: a row runs one after the other
 	return row{name: name, setup: setup,
 		run: func(r *matrixRun) error {
@@ -245,10 +251,14 @@ func mounts(name string, setup func(*testing.T, string), image string, flags ...
 			if parts {
 				path, g.at = filepath.Join(mnt, "p1"), partitionAt
 			}
+			if loop {
+				path, g.steps = "", loopScript
+			}
+			g.loop, g.readOnly = loop, !writes
 			return g.use(mnt, log, path, append(slices.Clone(flags), "--log", log, filepath.Join(r.dir, image), mnt))
 		},
 		judge: func(r *matrixRun) error {
-			if scratch {
+			if scratch || !writes {
 				return r.untouched(lockNames...)
 			}
 			return g.judge(image)
@@ -259,7 +269,8 @@ func mounts(name string, setup func(*testing.T, string), image string, flags ...
 // lockNames are files that ploop's tools leave, too.
 var lockNames = []string{"DiskDescriptor.xml.lck"}
 
-// use mounts, runs the script and unmounts.
+// use mounts, runs the script on the file at path ("": the loop device) and
+// unmounts.
 func (g *faultGuest) use(mnt, log, path string, args []string) (err error) {
 	r := g.r
 	o, err := r.tool("mount-image", args...)
@@ -268,10 +279,9 @@ func (g *faultGuest) use(mnt, log, path string, args []string) (err error) {
 	}
 	if o.exit != 0 {
 		// The keeper of a killed server clears up after it.
-		for try := 0; len(mountsUnder(mnt)) > 0; try++ {
+		for try := 0; len(leftUnder(mnt)) > 0; try++ {
 			if try == 250 || r.mode != modeKill {
-				left := mountsUnder(mnt)
-				_ = unix.Unmount(mnt, unix.MNT_FORCE|unix.MNT_DETACH)
+				left := sweep(mnt)
 				return fmt.Errorf("it failed and is mounted: %q", left)
 			}
 			time.Sleep(20 * time.Millisecond)
@@ -286,14 +296,21 @@ func (g *faultGuest) use(mnt, log, path string, args []string) (err error) {
 		}
 		return r.explains(o.stderr)
 	}
-	err = g.script(path)
+	if path == "" {
+		path = strings.TrimSpace(o.stdout)
+		if !slices.Equal(loopsUnder(mnt), []string{path}) {
+			err = fmt.Errorf("it says that the loop device is %q; there is %q", path, loopsUnder(mnt))
+		}
+	}
+	if err == nil {
+		err = g.uses(path)
+	}
 	o, uerr := r.tool("mount-image", "-u", mnt)
 	said, _ := os.ReadFile(log)
 	r.note("the server said: %s", said)
 	err = errors.Join(err, uerr)
-	if left := mountsUnder(mnt); len(left) > 0 {
-		_ = unix.Unmount(mnt, unix.MNT_FORCE|unix.MNT_DETACH)
-		err = errors.Join(err, fmt.Errorf("-u left %q", left))
+	if len(leftUnder(mnt)) > 0 {
+		err = errors.Join(err, fmt.Errorf("-u left %q", sweep(mnt)))
 	}
 	if err != nil {
 		return err

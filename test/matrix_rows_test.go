@@ -57,6 +57,11 @@ func matrixRows() []row {
 		mounts("mount -w, qcow2 snapshots and compression", qcow2Snapshot, "top.qcow2", "-w"),
 		mounts("mount -w, qcow2 data file", qcow2DataFile, "top.qcow2", "-w"),
 		mounts("mount -w --partitions, qcow2", partitioned, "top.qcow2", "-w", "--partitions"),
+		mounts("mount --loop, qcow2 chain", qcow2Chain("cluster_size=4096"), "top.qcow2", "--loop"),
+		mounts("mount --loop, bundle", smallBundle, ".", "--loop"),
+		mounts("mount -w --loop, raw", smallRaw, "disk.raw", "-w", "--loop"),
+		mounts("mount -w --loop, bundle", smallBundle, ".", "-w", "--loop"),
+		mounts("mount -w --loop, qcow2 chain", qcow2Chain("cluster_size=4096"), "top.qcow2", "-w", "--loop"),
 		mounts("mount --scratch, qcow2 chain", qcow2Chain("cluster_size=4096"), "top.qcow2", "--scratch"),
 		mounts("mount --scratch, bundle", smallBundle, ".", "--scratch"),
 	}...)
