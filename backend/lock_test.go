@@ -321,3 +321,39 @@ func TestLockDescriptor(t *testing.T) {
 	_, err = LockDescriptor(filepath.Join(dir, "no", "DiskDescriptor.xml"))
 	wantErr(t, err, os.ErrNotExist)
 }
+
+// A second descriptor of the same description, as a forked child has until its
+// exec, does not hold the locks of a file that was closed.
+func TestCloseGivesUpLocks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	first, err := Open(path, Options{Writable: true, Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := LockerOf(first).Lock(WriterUse, WriterUnshare); err != nil {
+		t.Fatal(err)
+	}
+	child := -1
+	err = WithDescriptor(first, func(fd int) (err error) {
+		child, err = unix.Dup(fd)
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(child)
+	second, err := Open(path, Options{Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if err := LockerOf(second).Lock(WriterUse, WriterUnshare); !errors.Is(err, ErrInUse) {
+		t.Fatalf("while it is open: %v", err)
+	}
+	if err := first.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := LockerOf(second).Lock(WriterUse, WriterUnshare); err != nil {
+		t.Errorf("after it was closed: %v", err)
+	}
+}

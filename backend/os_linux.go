@@ -256,7 +256,14 @@ func (o *osFile) control(fn func(fd int) error) error {
 }
 
 func (o *osFile) Name() string { return o.name }
-func (o *osFile) Close() error { return o.f.Close() }
+
+// Close is File. It gives up the locks by itself: a child that another thread
+// has forked and that has not come to its exec yet has the description as
+// well, and would hold them for as long.
+func (o *osFile) Close() error {
+	_ = o.Unlock() // Close does it, too, as soon as nobody else has the description
+	return o.f.Close()
+}
 
 // ID is Identified.
 func (o *osFile) ID() (dev, ino uint64, ok bool) { return o.dev, o.ino, true }
