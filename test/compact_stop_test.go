@@ -79,7 +79,7 @@ func compactStopped(t *testing.T, format, how string, sig syscall.Signal) {
 	image := movable(t, format)
 	code, said := stopCompact(t, image, sig)
 	if sig != syscall.SIGKILL {
-		if code != 128+int(sig) || !strings.Contains(said, "image-compact --resume "+image) || !strings.Contains(said, "--abandon") {
+		if code != 128+int(sig) || !strings.Contains(said, "image-compact --resume --max-extra 2097152 --rate-limit 8388608 "+image) || !strings.Contains(said, "--abandon") {
 			t.Errorf("exit %d\n%s", code, said)
 		}
 		if exit, out := imgtest.QemuCheck(t, image, format); exit != 0 && exit != 3 {
