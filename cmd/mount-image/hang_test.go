@@ -38,7 +38,7 @@ func TestInterruptHangingUnmount(t *testing.T) {
 	_ = cmd.Process.Signal(unix.SIGINT)
 	select {
 	case <-ended:
-	case <-time.After(10 * time.Second):
+	case <-time.After(time.Minute): // on a busy machine it takes seconds
 		_ = cmd.Process.Kill()
 		t.Fatal("Ctrl-C does not end it")
 	}
