@@ -252,6 +252,8 @@ func (r *hostileRun) start(program string, args ...string) (exit int, stdout, st
 	}
 	if cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(); cpu > most && !imgtest.RaceEnabled {
 		r.errorf("%q: %v of processor time", args, cpu)
+	} else if cpu > most/5 {
+		r.Logf("%s %q: %v of processor time", program, args[:len(args)-1], cpu)
 	}
 	kib, err := os.ReadFile(peak)
 	if err != nil {
