@@ -19,10 +19,10 @@
 //     the partition table, by the lengths of disk and filesystem, or by pieces
 //     that already have a place.
 //
-// A piece gets a place only when its evidence agrees (place.go). A journal
-// holds copies of metadata, a guest may hold images of other disks, and stale
-// clusters of earlier times may lie about: their evidence does not fit the
-// place that it lies at, or contradicts that of others, and then the piece
+// A piece gets a place only when its evidence agrees (tally.go, place.go). A
+// journal holds copies of metadata, a guest may hold images of other disks, and
+// stale clusters of earlier times may lie about: their evidence does not fit
+// the place that it lies at, or contradicts that of others, and then the piece
 // stays unplaced and is reported. Two pieces that have proof for one place are
 // a conflict, and neither gets it. Guesses (guess.go) are made only when asked
 // for, and are labelled.

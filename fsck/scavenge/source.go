@@ -1,6 +1,7 @@
 package scavenge
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -113,6 +114,19 @@ func isZero(b []byte) bool {
 	}
 	for _, c := range b {
 		if c != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// sameBytes tells whether the n bytes at a and those at b could be read and are
+// the same.
+func (s *source) sameBytes(a, b, n int64) bool {
+	x, y := make([]byte, 256<<10), make([]byte, 256<<10)
+	for at := int64(0); at < n; at += int64(len(x)) {
+		c := min(int64(len(x)), n-at)
+		if !s.read(x[:c], a+at) || !s.read(y[:c], b+at) || !bytes.Equal(x[:c], y[:c]) {
 			return false
 		}
 	}
