@@ -78,11 +78,10 @@ type check struct {
 	ext     extension
 	marks   marks
 	space   space
-	orphans []run      // single bad entries, to be decided when all are known
-	copied  int64      // bytes of copies for owners of the same cluster
-	mayCopy int64      // the most of them, 0 = not known yet
-	fixMu   sync.Mutex // guards what follows
-	end     int64      // where new clusters are appended, 0 before the first
+	orphans []run           // single bad entries, to be decided when all are known
+	copies  fsck.CopyBudget // for owners of the same cluster
+	fixMu   sync.Mutex      // guards what follows
+	end     int64           // where new clusters are appended, 0 before the first
 }
 
 // Check implements fsck.Checker.

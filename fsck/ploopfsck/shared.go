@@ -9,12 +9,6 @@ import (
 )
 
 const (
-	// maxClaims is how many owners of one cluster get a copy of it. So many
-	// claims are no accident, and copies for all could fill the host.
-	maxClaims = 16
-	// freeCopies is how many bytes a round may always copy for such owners; it
-	// may copy as much as the image takes.
-	freeCopies = 1 << 30
 	// maxShared bounds the clusters of which one round of repair collects the
 	// owners.
 	maxShared = 1 << 16
@@ -56,7 +50,7 @@ func (c *check) checkShared() error {
 				continue
 			case have == nil:
 				order = append(order, slot)
-			case len(have) == maxClaims:
+			case len(have) == fsck.MaxClaims:
 				if err := c.excess(r, have[0]); err != nil {
 					return err
 				}
@@ -109,7 +103,7 @@ func (c *check) ranges(idx []int64) []blockmap.Range {
 // excess empties a claim on a cluster that has too many.
 func (c *check) excess(r run, first int64) error {
 	f := c.duplicate([]int64{r.idx}, c.slot(r.entry))
-	f.Text = fmt.Sprintf("more than %d entries use the cluster, the first is BAT[%d]", maxClaims, first)
+	f.Text = fmt.Sprintf("more than %d entries use the cluster, the first is BAT[%d]", fsck.MaxClaims, first)
 	c.bad.Add(1)
 	if !c.convert {
 		f.Fix = &fsck.Fix{Text: emptyIt, Level: fsck.Full, Loses: f.Guest}
@@ -153,7 +147,7 @@ func (c *check) share(slot int64, idx []int64) error {
 		}
 		fix.Loses = c.ranges(doubt)
 	}
-	tooMuch := owners > 1 && c.copied+int64(owners-1)*c.cluster > c.maxCopied()
+	tooMuch := owners > 1 && !c.copies.Allows(c.f, int64(owners-1)*c.cluster)
 	if tooMuch {
 		fix.Text = "leave it to the first and empty the others: so many copies could fill the disk of the host"
 	}
@@ -179,7 +173,7 @@ func (c *check) share(slot int64, idx []int64) error {
 			}
 			continue
 		}
-		c.copied += c.cluster
+		c.copies.Spend(c.cluster)
 		at, err := c.allocate()
 		if err == nil {
 			err = c.plan.Copy(at, slot*c.cluster, c.cluster)
@@ -192,18 +186,6 @@ func (c *check) share(slot int64, idx []int64) error {
 		}
 	}
 	return nil
-}
-
-// maxCopied is how many bytes a round may copy for clusters with several owners.
-func (c *check) maxCopied() int64 {
-	if c.mayCopy == 0 {
-		used, err := c.f.Allocated()
-		if err != nil {
-			used = 0
-		}
-		c.mayCopy = max(used, freeCopies)
-	}
-	return c.mayCopy
 }
 
 // checkExtensionShared looks for guest clusters on those of the extension.

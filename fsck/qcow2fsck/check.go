@@ -75,16 +75,15 @@ type check struct {
 	mapLoss  atomic.Bool // an entry of the map is damaged beyond mending
 	unfixed  atomic.Bool // damage stays
 	fresh    map[int64]bool
-	sources  map[int64]bool // clusters of which the plan makes copies
-	copied   int64          // bytes that separate copies
-	mayCopy  int64          // the most of them, 0 = not known yet
-	kept     map[int64]bool // clusters whose owners stay in doubt
-	spreads  map[int64]bool // entries, by their place, whose compressed cluster was moved
-	told     map[int64]bool // clusters of which it was said that they cannot be counted
-	doubtAll bool           // there were too many of these to look at all
-	end      int64          // clusters of the file as the repair will have it
-	cursor   int64          // of the search for free clusters
-	many     int64          // of that for several side by side
+	sources  map[int64]bool  // clusters of which the plan makes copies
+	copies   fsck.CopyBudget // for those who name the same cluster
+	kept     map[int64]bool  // clusters whose owners stay in doubt
+	spreads  map[int64]bool  // entries, by their place, whose compressed cluster was moved
+	told     map[int64]bool  // clusters of which it was said that they cannot be counted
+	doubtAll bool            // there were too many of these to look at all
+	end      int64           // clusters of the file as the repair will have it
+	cursor   int64           // of the search for free clusters
+	many     int64           // of that for several side by side
 	leaks    bool
 
 	external   bool

@@ -64,7 +64,7 @@ func TestManyClaims(t *testing.T) {
 		most            int64 // bytes that the image may grow by
 	}{
 		{"one cluster", 6, 1, 5000, 17 * cs},
-		{"many clusters", 205, 200, 16, freeCopies + 8*cs},
+		{"many clusters", 205, 200, 16, fsck.FreeCopies + 8*cs},
 	} {
 		f := largeClusters(t, c.clusters, c.clusters, func(i int) uint64 {
 			if i >= int(c.named)*c.each {

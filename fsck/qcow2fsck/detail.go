@@ -15,14 +15,6 @@ import (
 const (
 	maxDoubts  = 1 << 18 // clusters whose owners are looked up
 	ownerBytes = 96
-
-	// maxClaims is how many guest clusters that name one cluster get it, or a
-	// copy of it. So many are no accident, and copies for all could fill the
-	// host.
-	maxClaims = 16
-	// freeCopies is how many bytes a repair may always copy for them; it may
-	// copy as much as the image takes.
-	freeCopies = 1 << 30
 )
 
 // owner is an entry that refers to a cluster in doubt.
@@ -305,7 +297,7 @@ func (c *check) separate(cluster int64, plain, packed []owner, crowded bool) []o
 				return stay
 			}
 			places[o.guest] = to
-			c.copied += c.cs
+			c.copies.Spend(c.cs)
 			src := cluster << c.bits
 			c.sources[cluster] = true
 			if !c.planned(c.plan.Copy(to<<c.bits, src, min(c.cs, max(c.size-src, 1)))) {
@@ -340,7 +332,7 @@ func (c *check) fates(cluster int64, plain []owner, keep int, crowded bool, free
 		served[plain[keep].guest] = true
 	}
 	copied := map[int64]bool{}
-	bytes := c.copied
+	bytes := int64(0)
 	zeros := c.h.version >= 3 && c.isHole(cluster<<c.bits, c.cs) // as the entries say without a copy
 	for k := range plain {
 		o := &plain[k]
@@ -351,7 +343,7 @@ func (c *check) fates(cluster int64, plain []owner, keep int, crowded bool, free
 		case copied[o.guest] && !crowded:
 			// In tables of several snapshots.
 			fates[k] = shares
-		case !served[o.guest] && len(served) >= maxClaims, bytes+c.cs > c.maxCopied():
+		case !served[o.guest] && len(served) >= fsck.MaxClaims, !c.copies.Allows(c.f, bytes+c.cs):
 			excess++
 		default:
 			fates[k] = copies
@@ -360,19 +352,6 @@ func (c *check) fates(cluster int64, plain []owner, keep int, crowded bool, free
 		}
 	}
 	return fates, excess
-}
-
-// maxCopied is how many bytes may be copied for clusters that several guest
-// clusters name.
-func (c *check) maxCopied() int64 {
-	if c.mayCopy == 0 {
-		used, err := c.f.Allocated()
-		if err != nil {
-			used = 0
-		}
-		c.mayCopy = max(used, freeCopies)
-	}
-	return c.mayCopy
 }
 
 // alone reports that no other entry has the guest cluster of o.
