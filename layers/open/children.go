@@ -18,9 +18,8 @@ import (
 // Children are the qcow2 images that name the image at path as their backing
 // file, as far as they lie in its directory (of a symbolic link: in that of the
 // link and in that of the file) or in one of dirs, not below, and not behind
-// links that lead out of these. Images in other
-// directories cannot be found; what cannot be read is passed over, but for
-// dirs themselves.
+// links that lead out of these. Images in other directories cannot be found;
+// what cannot be read is passed over, but for dirs themselves.
 func Children(ctx context.Context, path string, dirs ...string) ([]string, error) {
 	k, err := LookForChildren(ctx, path, dirs...)
 	return k.Children, err

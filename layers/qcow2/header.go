@@ -218,23 +218,6 @@ func parseHeader(b []byte) (*Header, error) {
 	return h, h.parseExtensions(b)
 }
 
-// parseBackingName reads the backing file name, which lies in the first
-// cluster and is not terminated.
-func (h *Header) parseBackingName(b []byte) error {
-	if h.BackingOffset == 0 {
-		return nil
-	}
-	if h.BackingSize > maxBackingName {
-		return fieldError(offBackingSize, "backing_file_size", h.BackingSize, layers.ErrFormat)
-	}
-	n := uint64(len(b))
-	if h.BackingOffset < uint64(h.HeaderLength) || h.BackingOffset > n || uint64(h.BackingSize) > n-h.BackingOffset {
-		return fieldError(offBackingOffset, "backing_file_offset", h.BackingOffset, layers.ErrFormat)
-	}
-	h.BackingName = string(b[h.BackingOffset : h.BackingOffset+uint64(h.BackingSize)])
-	return nil
-}
-
 // marshal returns the header, its extensions and the backing file name as
 // they stand at the start of the image. The name goes to BackingOffset when
 // that lies behind the extensions, else directly behind them, and
