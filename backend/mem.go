@@ -63,21 +63,12 @@ func NewMemBytes(name string, data []byte) *Mem {
 	m := NewMem(name)
 	for off := 0; off < len(data); off += MemPage {
 		p := data[off:min(off+MemPage, len(data))]
-		if !allZero(p) {
+		if !IsZero(p) {
 			copy(m.own(int64(off) / MemPage).data[:], p)
 		}
 	}
 	m.size = int64(len(data))
 	return m
-}
-
-func allZero(p []byte) bool {
-	for _, b := range p {
-		if b != 0 {
-			return false
-		}
-	}
-	return true
 }
 
 // Clone returns a copy that shares unchanged pages. It also works after Close.
@@ -472,7 +463,7 @@ func (m *Mem) Hash() uint64 {
 const zeroPage = 1
 
 func hashPage(index int64, data []byte) uint64 {
-	if allZero(data) {
+	if IsZero(data) {
 		return zeroPage
 	}
 	var h maphash.Hash

@@ -161,7 +161,7 @@ func (m *model) seek(t *rapid.T) {
 	} else {
 		ok(t, err)
 	}
-	if data < int64(off) || !allZero(m.want[off:data]) {
+	if data < int64(off) || !IsZero(m.want[off:data]) {
 		t.Fatalf("SeekData(%d) = %d passes bytes that are not zero", off, data)
 	}
 }

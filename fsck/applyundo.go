@@ -182,7 +182,7 @@ func verifyUndo(ctx context.Context, undo backend.File, sections []undoSection, 
 				if err := readZero(f, b, at); err != nil {
 					return err
 				}
-				if !isZero(b) {
+				if !backend.IsZero(b) {
 					return changed("there are bytes behind %#x, where the repair has left none", at)
 				}
 				at += int64(len(b))
@@ -264,7 +264,7 @@ func verifyUndo(ctx context.Context, undo backend.File, sections []undoSection, 
 			ok := func(s sectorSum) bool { return crcOf(b[:s.n]) == s.crc }
 			// Behind the shortest length anything may be cut off; and what a
 			// later round has put behind the end that it found is not known.
-			if slices.ContainsFunc(may, ok) || at+sector > low && isZero(b) || at+sector > grown {
+			if slices.ContainsFunc(may, ok) || at+sector > low && backend.IsZero(b) || at+sector > grown {
 				continue
 			}
 			return changed("the bytes at %#x belong to no moment of the repair", at)

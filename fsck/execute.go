@@ -252,7 +252,7 @@ func (p *Plan) saveUndo(ctx context.Context, o ExecuteOptions) (err error) {
 			if ph >= PhaseFree && p.size < off+n {
 				clear(b[max(0, p.size-off):])
 			}
-			if r.hole && isZero(b) {
+			if r.hole && backend.IsZero(b) {
 				// It is as it was before: the list would say nothing.
 				continue
 			}

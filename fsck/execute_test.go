@@ -236,7 +236,7 @@ func inOrder(b, old []byte) error {
 		{"counts", has(4096, "counts") && has(4096+1194, "counts"), has(4096, "counts") || has(4096+1194, "counts")},
 		{"map", has(2*4096+100, "map"), has(2*4096+100, "map")},
 		{"header", has(10, "header"), has(10, "header")},
-		{"free", has(4096+700, "free") && isZero(b[8*4096:min(len(b), 9*4096)]), has(4096+700, "free")},
+		{"free", has(4096+700, "free") && backend.IsZero(b[8*4096:min(len(b), 9*4096)]), has(4096+700, "free")},
 		{"flags", true, has(20, "flags")},
 	}
 	if has(20, "flags") && len(b) < 10*4096 { // the shrinking plan

@@ -211,7 +211,7 @@ func TestLostNames(t *testing.T) {
 		t.Errorf("%d files, %v", len(names), err)
 	}
 	rest, err := os.ReadFile(filepath.Join(string(dir), LostRest))
-	if err != nil || !bytes.Equal(rest[7*4096:], old[7*4096:8*4096]) || !isZero(rest[:7*4096]) {
+	if err != nil || !bytes.Equal(rest[7*4096:], old[7*4096:8*4096]) || !backend.IsZero(rest[:7*4096]) {
 		t.Errorf("%d bytes of the rest, %v", len(rest), err)
 	}
 }

@@ -2,7 +2,6 @@ package fsck
 
 import (
 	"bufio"
-	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
 	"errors"
@@ -293,7 +292,7 @@ func readSections(f backend.File) ([]undoSection, error) {
 		if err != nil && !errors.Is(err, io.EOF) {
 			return nil, err
 		}
-		if isZero(b[:n]) {
+		if backend.IsZero(b[:n]) {
 			break // grown, but never written before a crash
 		}
 		s := undoSection{off: at + undoHeaderSize}
@@ -321,16 +320,6 @@ func readSections(f backend.File) ([]undoSection, error) {
 		at = s.end
 	}
 	return all, nil
-}
-
-func isZero(b []byte) bool {
-	for len(b) > len(zeroBlock) {
-		if !bytes.Equal(b[:len(zeroBlock)], zeroBlock[:]) {
-			return false
-		}
-		b = b[len(zeroBlock):]
-	}
-	return bytes.Equal(b, zeroBlock[:len(b)])
 }
 
 // headOf is the SHA-256 of the first bytes of a file.

@@ -8,6 +8,8 @@ import (
 	"io"
 	"math/bits"
 	"unicode/utf16"
+
+	"github.com/imagestack/imagestack/backend"
 )
 
 // GUID partition table, UEFI specification 2.10 section 5.3: a header in the
@@ -140,7 +142,7 @@ func (h *gptHeader) partitions(r io.ReaderAt) ([]Partition, error) {
 	var parts []Partition
 	for i := range int64(h.count) {
 		e := table[i*int64(h.entry):][:gptMinEntry]
-		if allZero(e[:16]) {
+		if backend.IsZero(e[:16]) {
 			continue
 		}
 		first, last := le.Uint64(e[32:]), le.Uint64(e[40:])

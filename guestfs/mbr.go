@@ -5,6 +5,8 @@ import (
 	"encoding/binary"
 	"fmt"
 	"io"
+
+	"github.com/imagestack/imagestack/backend"
 )
 
 // Master boot record: four entries of 16 bytes at 446, signature 55 aa at 510,
@@ -139,7 +141,7 @@ func readLogical(ctx context.Context, r io.ReaderAt, ext Partition, number int, 
 		if err := readFull(r, sector, at); err != nil {
 			return nil, err
 		}
-		if at == ext.Start && allZero(sector) {
+		if at == ext.Start && backend.IsZero(sector) {
 			return nil, nil // an extended partition that was never used
 		}
 		table, ok := parseMBR(sector)
@@ -172,13 +174,4 @@ func readLogical(ctx context.Context, r io.ReaderAt, ext Partition, number int, 
 		}
 		at = next
 	}
-}
-
-func allZero(b []byte) bool {
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
 }

@@ -155,7 +155,7 @@ func (d *drops) isZero(ctx context.Context, c blockmap.Extent) (bool, error) {
 		if err := d.read(ctx, c, d.buf[:c.Len]); err != nil {
 			return false, err
 		}
-		return allZero(d.buf[:c.Len]), d.pace(c.Len)
+		return backend.IsZero(d.buf[:c.Len]), d.pace(c.Len)
 	case blockmap.Packed:
 		// A cluster of zeros compresses to next to nothing.
 		if int64(c.PackedLen) > max(1024, d.granule/64) {
@@ -168,7 +168,7 @@ func (d *drops) isZero(ctx context.Context, c blockmap.Extent) (bool, error) {
 		if errors.Is(err, layers.ErrCorrupt) {
 			return false, nil // it stays as it is
 		}
-		return err == nil && allZero(d.buf[:c.Len]), err
+		return err == nil && backend.IsZero(d.buf[:c.Len]), err
 	}
 	return d.zeroData(c.Host, c.Len)
 }
@@ -191,7 +191,7 @@ func (d *drops) zeroData(off, n int64) (bool, error) {
 		if err := d.pace(part); err != nil {
 			return false, err
 		}
-		if !allZero(b) {
+		if !backend.IsZero(b) {
 			return false, nil
 		}
 		off += part
@@ -280,11 +280,6 @@ func readFull(f backend.File, p []byte, off int64) error {
 		return nil
 	}
 	return err
-}
-
-// allZero reports whether p holds only zeros.
-func allZero(p []byte) bool {
-	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
 }
 
 // dataSpans remembers where a file has data, so that it is asked once for each

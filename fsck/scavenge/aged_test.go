@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck/scavenge"
 	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/guesttest"
@@ -186,11 +187,10 @@ func shuffled(t *testing.T, disk []byte, cluster int, rng *rand.Rand) string {
 	if _, err := f.WriteAt(h, 0); err != nil {
 		t.Fatal(err)
 	}
-	zeros := make([]byte, cluster)
 	end := int64(first)
 	for _, i := range rng.Perm(n) {
 		c := disk[i*cluster : min((i+1)*cluster, len(disk))]
-		if bytes.Equal(c, zeros[:len(c)]) {
+		if backend.IsZero(c) {
 			continue
 		}
 		if _, err := f.WriteAt(c, end); err != nil {

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"math/bits"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
 )
 
@@ -148,7 +149,7 @@ func (x *extFS) extentBytes() int64 { return 12 + 12*((x.block-12)/12) }
 
 // look looks at one block.
 func (x *extFS) look(e *evidence, g *guest, b []byte, loc int64) error {
-	if x.scratch == nil || isZero(b) {
+	if x.scratch == nil || backend.IsZero(b) {
 		return nil
 	}
 	le := binary.LittleEndian

@@ -4,6 +4,8 @@ import (
 	"cmp"
 	"encoding/binary"
 	"slices"
+
+	"github.com/imagestack/imagestack/backend"
 )
 
 // Bitmaps of blocks and inodes do not say what they are, but their group's
@@ -61,7 +63,7 @@ func (x *extFS) sortBitmaps() {
 // bitmapAt places the block b at loc when it is the bitmap of one group that
 // fits there.
 func (x *extFS) bitmapAt(e *evidence, g *guest, b []byte, loc int64, fits func(loc, off int64) bool) error {
-	if x.scratch == nil || len(x.bitmaps) == 0 || isZero(b) {
+	if x.scratch == nil || len(x.bitmaps) == 0 || backend.IsZero(b) {
 		return nil
 	}
 	// That of inodes is short, and filled up with ones.

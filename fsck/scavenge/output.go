@@ -68,7 +68,7 @@ func (s *imageSink) write(guest int64, p []byte) error {
 		return nil // behind the end of the disk: VM state, or the rest of a cluster
 	}
 	s.done += n
-	if !s.keep && isZero(p[:n]) {
+	if !s.keep && backend.IsZero(p[:n]) {
 		return nil
 	}
 	return s.ed.WriteAt(s.ctx, p[:n], guest, s.below)
@@ -101,7 +101,7 @@ func (s *imageSink) unreadable(guest, n int64) error {
 type fileSink struct{ f backend.File }
 
 func (s fileSink) write(at int64, p []byte) error {
-	if isZero(p) {
+	if backend.IsZero(p) {
 		return nil
 	}
 	_, err := s.f.WriteAt(p, at)
@@ -383,7 +383,7 @@ func (s *source) copyTo(ctx context.Context, f backend.File, off, n int64) error
 		if !s.read(b, off+at) {
 			s.readPieces(b, off+at)
 		}
-		if isZero(b) {
+		if backend.IsZero(b) {
 			continue
 		}
 		if _, err := f.WriteAt(b, at); err != nil {

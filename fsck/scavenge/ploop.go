@@ -114,7 +114,7 @@ func (j *ploopJob) prepare(ctx context.Context) error {
 	err = j.src.each(ctx, "clusters", func(b []byte, n int, off int64) error {
 		const step = 4096
 		for x := 0; x < n; x += step {
-			if at := off + int64(x) - j.firstData; at >= 0 && at>>j.bits < j.clusters && !j.used.get(at>>j.bits) && !isZero(b[x:min(x+step, n)]) {
+			if at := off + int64(x) - j.firstData; at >= 0 && at>>j.bits < j.clusters && !j.used.get(at>>j.bits) && !backend.IsZero(b[x:min(x+step, n)]) {
 				j.used.set(at >> j.bits)
 			}
 		}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/bits"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/qcow2"
 )
@@ -316,7 +317,7 @@ func (r *refcounts) count(c int64) uint64 {
 			clear(r.block)
 			r.trusted = false
 		}
-		r.empty = isZero(r.block)
+		r.empty = backend.IsZero(r.block)
 	}
 	return qcow2.Refcount(r.block, r.q.order, int(c%per))
 }

@@ -105,21 +105,6 @@ func (s *source) readPieces(b []byte, off int64) {
 	}
 }
 
-func isZero(b []byte) bool {
-	for len(b) >= 8 {
-		if b[0]|b[1]|b[2]|b[3]|b[4]|b[5]|b[6]|b[7] != 0 {
-			return false
-		}
-		b = b[8:]
-	}
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
-}
-
 // sameBytes tells whether the n bytes at a and those at b could be read and are
 // the same.
 func (s *source) sameBytes(a, b, n int64) bool {

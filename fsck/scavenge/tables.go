@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"slices"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers/qcow2"
 )
 
@@ -117,7 +118,7 @@ func (j *qcow2Job) findTables(ctx context.Context) error {
 		err := j.src.each(ctx, "tables", func(b []byte, n int, off int64) error {
 			for x := int64(0); x < int64(n); x += j.cluster {
 				c := b[x:min(x+j.cluster, int64(len(b)))]
-				if isZero(c) {
+				if backend.IsZero(c) {
 					continue
 				}
 				at := (off + x) >> j.bits

@@ -1,7 +1,6 @@
 package ploop
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -157,7 +156,7 @@ func isBlank(f backend.File) (bool, error) {
 	if err != nil && !errors.Is(err, io.EOF) {
 		return false, err
 	}
-	if head = head[:n]; !zeros(head) && !Probe(head) {
+	if head = head[:n]; !backend.IsZero(head) && !Probe(head) {
 		return false, nil
 	}
 	for at := int64(headerSize); at < size; {
@@ -172,15 +171,13 @@ func isBlank(f backend.File) (bool, error) {
 		if _, err := f.ReadAt(p, data); err != nil {
 			return false, err
 		}
-		if !zeros(p) {
+		if !backend.IsZero(p) {
 			return false, nil
 		}
 		at = data + int64(len(p))
 	}
 	return true, nil
 }
-
-func zeros(p []byte) bool { return len(bytes.TrimLeft(p, "\x00")) == 0 }
 
 // CreateOptions say what Create makes.
 type CreateOptions struct {

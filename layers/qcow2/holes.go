@@ -1,23 +1,9 @@
 package qcow2
 
 import (
-	"bytes"
 	"errors"
 	"io"
 )
-
-var zeroPage [maxPageBytes]byte
-
-// blank reports whether p is all zeros.
-func blank(p []byte) bool {
-	for len(p) > len(zeroPage) {
-		if !bytes.Equal(p[:len(zeroPage)], zeroPage[:]) {
-			return false
-		}
-		p = p[len(zeroPage):]
-	}
-	return bytes.Equal(p, zeroPage[:len(p)])
-}
 
 // fileHole is a range of the image file without storage, which reads as zeros.
 // L2 tables in it say nothing. Millions of tables may lie in one hole, in a file

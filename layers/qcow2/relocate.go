@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/layers"
 )
@@ -315,7 +316,7 @@ func (img *Image) Counted(ctx context.Context, visit func(off, n int64) error) e
 			}
 			last, parts = entry, parts[:0]
 			for p := int64(0); p*pageBytes < img.clusterSize; p++ {
-				if !blank(block[p*pageBytes : (p+1)*pageBytes]) {
+				if !backend.IsZero(block[p*pageBytes : (p+1)*pageBytes]) {
 					parts = append(parts, p)
 				}
 			}

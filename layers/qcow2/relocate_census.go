@@ -8,6 +8,7 @@ import (
 	"math"
 
 	"github.com/RoaringBitmap/roaring/v2"
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
 )
 
@@ -387,7 +388,7 @@ func (r *refcounts) nothing(page int64, hole *fileHole) (bool, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if c := r.pages.Get(page); c != nil {
-		return blank(c.Value.(*refPage).b), nil
+		return backend.IsZero(c.Value.(*refPage).b), nil
 	}
 	off, err := r.pageAt(page)
 	if off == 0 || err != nil {
@@ -401,5 +402,5 @@ func (r *refcounts) nothing(page int64, hole *fileHole) (bool, error) {
 		return true, nil
 	}
 	p, err := r.page(page)
-	return p == nil || blank(p.b), err
+	return p == nil || backend.IsZero(p.b), err
 }

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"io"
+
+	"github.com/imagestack/imagestack/backend"
 )
 
 // Shrink implements layers.Relocator: L2 tables without an entry go, refcount
@@ -99,7 +101,7 @@ func (r *refcounts) lastUsed() (int64, error) {
 			if err != nil {
 				return 0, err
 			}
-			if page == nil || blank(page.b) {
+			if page == nil || backend.IsZero(page.b) {
 				continue
 			}
 			for i := 1<<r.pageBits - 1; i >= 0; i-- {

@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
 )
 
@@ -52,7 +53,7 @@ func (w *censusWords) clear() {
 // blank reports whether nothing was entered for the clusters [from, to).
 func (w *censusWords) blank(from, to int64) bool {
 	if w.wide == nil {
-		return blank(w.narrow[from:to])
+		return backend.IsZero(w.narrow[from:to])
 	}
 	for _, v := range w.wide[from:to] {
 		if v != 0 {

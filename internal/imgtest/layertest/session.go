@@ -12,6 +12,7 @@ import (
 	"strings"
 	"sync"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/layers"
@@ -78,7 +79,7 @@ func (b *Below) IsZero(ctx context.Context, off, n int64) (bool, error) {
 	}
 	from := off / b.grain * b.grain
 	to := min((off+n+b.grain-1)/b.grain*b.grain, size)
-	return isZero(b.content[from:to]), nil
+	return backend.IsZero(b.content[from:to]), nil
 }
 
 func (b *Below) unchanged() error {
@@ -86,16 +87,6 @@ func (b *Below) unchanged() error {
 		return errors.New("the layer below was changed")
 	}
 	return nil
-}
-
-//go:norace
-func isZero(p []byte) bool {
-	for _, c := range p {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
 }
 
 // drawBelow makes a random layer below: none, short, as long as the top,

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/internal/imgtest/maptest"
@@ -134,7 +135,7 @@ func (p *pile) checkStack(s *layers.Stack, d draw) error {
 			return p.errorf("resolved extent %+v", e)
 		case int(e.Layer) >= len(p.images):
 			return p.errorf("extent %+v of no layer", e)
-		case e.Kind == blockmap.Zero && !isZero(want[min(e.Guest, size):min(e.End(), size)]):
+		case e.Kind == blockmap.Zero && !backend.IsZero(want[min(e.Guest, size):min(e.End(), size)]):
 			return p.errorf("extent %+v holds data", e)
 		}
 	}
@@ -156,7 +157,7 @@ func (p *pile) checkSeek(s *layers.Stack, off int64) error {
 	if err != nil || data < off || data > int64(len(want)) {
 		return p.errorf("SeekData(%d): %d, %w", off, data, orNil(err))
 	}
-	if !isZero(want[off:data]) {
+	if !backend.IsZero(want[off:data]) {
 		return p.errorf("SeekData(%d) = %d passes over data", off, data)
 	}
 	hole, err := s.SeekHole(ctx, off)

@@ -1,7 +1,6 @@
 package mutate
 
 import (
-	"bytes"
 	"compress/gzip"
 	"encoding/binary"
 	"errors"
@@ -9,6 +8,8 @@ import (
 	"maps"
 	"os"
 	"slices"
+
+	"github.com/imagestack/imagestack/backend"
 )
 
 // unit is what a Sparse keeps or leaves out, in bytes.
@@ -31,14 +32,14 @@ func NewSparse(size int64) *Sparse {
 // ReadSparse records the image in r.
 func ReadSparse(r io.ReaderAt, size int64) (*Sparse, error) {
 	s := NewSparse(size)
-	b, zeros := make([]byte, 1<<20), make([]byte, unit)
+	b := make([]byte, 1<<20)
 	for at := int64(0); at < size; at += int64(len(b)) {
 		n, err := r.ReadAt(b[:min(int64(len(b)), size-at)], at)
 		if err != nil && !errors.Is(err, io.EOF) {
 			return nil, err
 		}
 		for i := 0; i < n; i += unit {
-			if part := b[i:min(i+unit, n)]; !bytes.Equal(part, zeros[:len(part)]) {
+			if part := b[i:min(i+unit, n)]; !backend.IsZero(part) {
 				s.Put(at+int64(i), part)
 			}
 		}
