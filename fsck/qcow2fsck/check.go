@@ -63,9 +63,10 @@ type check struct {
 	suspected    bool    // they were looked for
 	lookedAt     map[int64]bool
 	countPart    atomic.Pointer[countPart]
-	zeros        []byte       // a cluster of zeros, not to be changed
-	asked        int          // clusters that counted looked at
-	decoded      atomic.Int64 // bytes that decodes produced
+	hole         atomic.Pointer[blockmap.Range] // the last one of the file that was met
+	zeros        []byte                         // a cluster of zeros, not to be changed
+	asked        int                            // clusters that counted looked at
+	decoded      atomic.Int64                   // bytes that decodes produced
 
 	cells    *cells
 	first    bool  // the first window
@@ -222,12 +223,18 @@ func (c *check) read(b []byte, off int64) int {
 // dataAt returns where the file has data again, from off on; a hole is not
 // read. (What a plan writes never makes a table of a hole.)
 func (c *check) dataAt(off int64) int64 {
+	if h := c.hole.Load(); h != nil && h.Off <= off && off-h.Off < h.Len {
+		return h.Off + h.Len
+	}
 	at, err := c.f.SeekData(off)
 	switch {
 	case errors.Is(err, io.EOF):
-		return 1<<63 - 1
+		at = 1<<63 - 1
 	case err != nil:
 		return off
+	}
+	if at > off { // very many tables may lie in one hole
+		c.hole.Store(&blockmap.Range{Off: off, Len: at - off})
 	}
 	return at
 }
@@ -326,7 +333,7 @@ func (c *check) begin(lo int64) error {
 	}
 	return c.eachBatch(false, func(list []tableRec, _ bool) error {
 		for _, t := range list {
-			c.cells.add(t.cluster, 1, t.weight, fMeta)
+			c.cells.add(t.cluster, t.n(), t.weight, fMeta)
 		}
 		return nil
 	})

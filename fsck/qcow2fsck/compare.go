@@ -65,6 +65,21 @@ func (c *check) span(k int64) (from, to int64) {
 	return from, to
 }
 
+// pagesIn reports, for ranges that ascend, whether there are cells for any
+// cluster of one.
+func (c *cells) pagesIn() func(from, to int64) bool {
+	numbers := c.numbers(c.lo / pageCells)
+	return func(from, to int64) bool {
+		for len(numbers) > 0 && numbers[0] < from/pageCells {
+			numbers = numbers[1:]
+		}
+		return len(numbers) > 0 && numbers[0] <= (to-1)/pageCells
+	}
+}
+
+// zeroBlock reports that b is what readBlock returns for zeros.
+func (c *check) zeroBlock(b []byte) bool { return c.zeros != nil && &b[0] == &c.zeros[0] }
+
 // readBlock reads block k into b and returns it, or zeros, not to be changed,
 // where there is none or it is a hole.
 func (c *check) readBlock(k int64, b []byte) []byte {
@@ -85,7 +100,7 @@ func (c *check) readBlock(k int64, b []byte) []byte {
 // that of the cells.
 func (c *check) diff(k int64, b []byte, from, to int64, do func(cluster int64, have, want uint64, fl uint8)) {
 	base := k * c.perBlock
-	empty := c.zeros != nil && &b[0] == &c.zeros[0]
+	empty := c.zeroBlock(b)
 	for at := from; at < to; {
 		no := at / pageCells
 		n := min(to, (no+1)*pageCells) - at
@@ -163,7 +178,7 @@ func (c *check) scan() (same bool, err error) {
 	marked, leaked := 0, int64(0)
 	last := c.counts.lastCluster
 	b := make([]byte, c.cs)
-	ks := c.blockNumbers()
+	ks, used := c.blockNumbers(), c.cells.pagesIn()
 	for i, k := range ks {
 		if err := c.failed(); err != nil {
 			return false, err
@@ -173,6 +188,9 @@ func (c *check) scan() (same bool, err error) {
 			continue
 		}
 		b := c.readBlock(k, b)
+		if c.zeroBlock(b) && !used(from, to) {
+			continue
+		}
 		inTable := k < int64(len(c.blocks.table)) && c.blocks.table[k] != 0
 		c.diff(k, b, from, to, func(cluster int64, have, want uint64, fl uint8) {
 			same = false
@@ -205,7 +223,7 @@ func (c *check) compare() error {
 	}
 	c.makeBlocks()
 	b := make([]byte, c.cs)
-	ks := c.blockNumbers()
+	ks, used := c.blockNumbers(), c.cells.pagesIn()
 	for i, k := range ks {
 		if err := c.failed(); err != nil {
 			return err
@@ -214,7 +232,9 @@ func (c *check) compare() error {
 		if from >= to {
 			continue
 		}
-		c.compareBlock(k, c.readBlock(k, b), from, to)
+		if b := c.readBlock(k, b); !c.zeroBlock(b) || used(from, to) {
+			c.compareBlock(k, b, from, to)
+		}
 		if i%64 == 0 {
 			c.sink.Progress(4, int64(i+1), int64(len(ks)))
 		}

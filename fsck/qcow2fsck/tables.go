@@ -3,20 +3,56 @@ package qcow2fsck
 import (
 	"cmp"
 	"fmt"
+	"math"
 	"slices"
 
 	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/fsck"
 )
 
-// tableRec is an L2 table that L1 entries name, with the sum of those that do
-// from the same index of their L1 tables.
+// tableRec is a run of L2 tables that stand one behind the other and that
+// consecutive L1 entries name, mostly a single one. The rest is the same for all
+// of them.
+//
+// Runs keep an image cheap whose millions of tables lie in a hole. Whatever there
+// is to be said of a table is said of it alone.
 type tableRec struct {
-	cluster int64
-	idx     uint32 // in the L1 table, which gives the guest offset
-	owner   int32  // of the first of them: 0 active, else a snapshot
-	weight  uint32
-	copied  bool // the active entry has COPIED
+	cluster int64  // of the first table
+	idx     uint32 // of its entry in the L1 table, which gives the guest offset
+	owner   int32  // of the first entry that names it: 0 active, else a snapshot
+	weight  uint32 // entries with that index that name it
+	copied  bool   // the active entry has COPIED
+	more    uint16 // further tables of the run
+}
+
+func (r *tableRec) n() int64   { return int64(r.more) + 1 }
+func (r *tableRec) end() int64 { return r.cluster + r.n() }
+
+// table is table k of the run.
+func (r *tableRec) table(k int64) tableRec {
+	t := *r
+	t.cluster, t.idx, t.more = r.cluster+k, r.idx+uint32(k), 0
+	return t
+}
+
+// cut is what of the run is in front of a cluster.
+func (r *tableRec) cut(cluster int64) int64 { return max(0, min(cluster-r.cluster, r.n())) }
+
+// extend makes the run one table longer if t is that table.
+func (r *tableRec) extend(t *tableRec) bool {
+	if t.more > 0 || t.cluster != r.end() || int64(t.idx) != int64(r.idx)+r.n() || t.owner != r.owner || t.weight != r.weight || t.copied != r.copied || r.more == math.MaxUint16 {
+		return false
+	}
+	r.more++
+	return true
+}
+
+// tablesIn is the number of tables in a list.
+func tablesIn(list []tableRec) (n int64) {
+	for i := range list {
+		n += list[i].n()
+	}
+	return n
 }
 
 const recBytes = 24
@@ -47,7 +83,22 @@ func (t *tableList) drop(bad []tableRec) {
 	for i := range bad {
 		t.bad[bad[i].cluster] = true
 	}
-	t.whole = slices.DeleteFunc(t.whole, func(r tableRec) bool { return t.bad[r.cluster] })
+	if len(bad) == 0 {
+		return
+	}
+	whole := make([]tableRec, 0, len(t.whole))
+	for i := range t.whole {
+		r := &t.whole[i]
+		first := len(whole) // of this run
+		for k := range r.n() {
+			one := r.table(k)
+			if t.bad[one.cluster] || len(whole) > first && whole[len(whole)-1].extend(&one) {
+				continue
+			}
+			whole = append(whole, one)
+		}
+	}
+	t.whole = whole
 }
 
 // eachBatch calls do for all L2 tables, by ascending cluster, as many at a
@@ -77,19 +128,22 @@ func (c *check) eachBatch(report bool, do func(list []tableRec, whole bool) erro
 					w.add(&rec)
 					return
 				}
+				if n := len(list); n > 0 && list[n-1].extend(&rec) {
+					return
+				}
 				list = append(list, rec)
 				if len(list) < next {
 					return
 				}
-				list = merge(list, crowds)
+				list, hi = merge(list, crowds, limit/2, hi)
 				if len(list) > limit/2 {
 					hi = list[len(list)/2].cluster
 					k, _ := slices.BinarySearchFunc(list, hi, func(r tableRec, at int64) int { return cmp.Compare(r.cluster, at) })
 					list = list[:k]
-					for at := range crowds {
-						if at >= hi {
-							delete(crowds, at)
-						}
+				}
+				for at := range crowds {
+					if at >= hi {
+						delete(crowds, at)
 					}
 				}
 				next = min(limit, 2*len(list)+1<<16)
@@ -97,7 +151,8 @@ func (c *check) eachBatch(report bool, do func(list []tableRec, whole bool) erro
 				return err
 			}
 		}
-		list = c.settle(merge(list, crowds), crowds, report)
+		list, hi = merge(list, crowds, limit/2, hi)
+		list = c.settle(list, crowds, report)
 		whole := lo == 0 && hi == 1<<63-1
 		if whole {
 			c.tables.whole, c.tables.known = list, true
@@ -121,22 +176,13 @@ func (w *crowd) add(r *tableRec) {
 }
 
 // merge sorts a list, joins what names the same table from the same index, and
-// leaves at most maxRivals records of each table, the most credible ones.
-func merge(list []tableRec, crowds map[int64]*crowd) []tableRec {
-	order := func(a, b tableRec) int {
-		return cmp.Or(cmp.Compare(a.cluster, b.cluster), cmp.Compare(a.idx, b.idx), cmp.Compare(a.owner, b.owner))
-	}
-	slices.SortFunc(list, order)
+// leaves at most maxRivals records of each table, the most credible ones. Runs
+// that do not go together are taken apart; where that made more than most of
+// them, the list ends at the cluster that is returned instead of hi.
+func merge(list []tableRec, crowds map[int64]*crowd, most int, hi int64) ([]tableRec, int64) {
+	list = joined(list)
+	list, hi = apart(list, most, hi)
 	out := list[:0]
-	for _, r := range list {
-		if n := len(out); n > 0 && out[n-1].cluster == r.cluster && out[n-1].idx == r.idx {
-			out[n-1].weight += r.weight
-			out[n-1].copied = out[n-1].copied || r.copied
-			continue
-		}
-		out = append(out, r)
-	}
-	list, out = out, out[:0]
 	for i := 0; i < len(list); {
 		j := i + 1
 		for j < len(list) && list[j].cluster == list[i].cluster {
@@ -161,11 +207,83 @@ func merge(list []tableRec, crowds map[int64]*crowd) []tableRec {
 			for k := range group {
 				w.rivals = append(w.rivals, group[k].idx)
 			}
-			slices.SortFunc(group, order)
+			slices.SortFunc(group, byPlace)
 		}
 		out = append(out, group...)
 	}
+	return out, hi
+}
+
+func byPlace(a, b tableRec) int {
+	return cmp.Or(cmp.Compare(a.cluster, b.cluster), cmp.Compare(a.idx, b.idx), cmp.Compare(a.owner, b.owner))
+}
+
+// joined sorts a list and joins what names the same tables from the same indexes.
+func joined(list []tableRec) []tableRec {
+	slices.SortFunc(list, byPlace)
+	out := list[:0]
+	for _, r := range list {
+		if n := len(out); n > 0 && out[n-1].cluster == r.cluster && out[n-1].idx == r.idx && out[n-1].more == r.more {
+			out[n-1].weight += r.weight
+			out[n-1].copied = out[n-1].copied || r.copied
+			continue
+		}
+		out = append(out, r)
+	}
 	return out
+}
+
+// apart makes single tables of runs of a sorted list that overlap others, up to
+// the cluster that it returns, which is hi if that makes at most most records.
+func apart(list []tableRec, most int, hi int64) ([]tableRec, int64) {
+	var out []tableRec // once a run was taken apart
+	split := false
+	for i := 0; i < len(list); {
+		j, end, runs := i+1, list[i].end(), list[i].more > 0
+		for ; j < len(list) && list[j].cluster < end; j++ {
+			end = max(end, list[j].end())
+			runs = runs || list[j].more > 0
+		}
+		group := list[i:j]
+		alone := j == i+1 || !runs
+		if !alone && !split {
+			out, split = slices.Clone(list[:i]), true
+		}
+		switch {
+		case !split:
+		case alone:
+			out = append(out, group...)
+		default:
+			room := max(most-len(out), 1)
+			cut := end
+			for cut > group[0].cluster+1 && countBelow(group, cut) > int64(room) {
+				cut = group[0].cluster + (cut-group[0].cluster)/2
+			}
+			from := len(out)
+			for g := range group {
+				for k := range group[g].cut(cut) {
+					out = append(out, group[g].table(k))
+				}
+			}
+			out = out[:from+len(joined(out[from:]))]
+			if cut < end {
+				return out, cut
+			}
+		}
+		i = j
+	}
+	if !split {
+		return list, hi
+	}
+	return out, hi
+}
+
+// countBelow is the number of tables in front of a cluster.
+func countBelow(list []tableRec, cluster int64) (n int64) {
+	for i := range list {
+		n += list[i].cut(cluster)
+	}
+	return n
 }
 
 // credit says how credible it is that a table belongs to a record.
@@ -187,8 +305,9 @@ func (c *check) settle(list []tableRec, crowds map[int64]*crowd, report bool) []
 		if j > i+1 {
 			keep = c.chooseOwner(list[i:j], crowds[keep.cluster], report, clear)
 		}
-		if report {
-			c.copiedL1(&keep)
+		for k := int64(0); report && k < keep.n() && keep.owner == 0 && keep.copied != (keep.weight == 1); k++ {
+			one := keep.table(k)
+			c.copiedL1(&one)
 		}
 		out = append(out, keep)
 		i = j

@@ -44,64 +44,68 @@ func (n *counters) into(s *fsck.Stats) {
 func (c *check) eachTable(pass int, report bool, do func(w *worker, rec *tableRec, b []byte, n int)) error {
 	done := int64(0)
 	return c.eachBatch(report, func(list []tableRec, _ bool) error {
-		err := c.readTables(list, do, func(to int) { c.sink.Progress(pass, done+int64(to), done+int64(len(list))) })
-		done += int64(len(list))
+		n := tablesIn(list)
+		err := c.readTables(list, do, func(to int64) { c.sink.Progress(pass, done+to, done+n) })
+		done += n
 		return err
 	})
 }
 
 // readTables reads tables. Those that are holes have no entries and are left
-// out.
-func (c *check) readTables(list []tableRec, do func(w *worker, rec *tableRec, b []byte, n int), progress func(to int)) error {
-	at := func(i int) int64 { return list[i].cluster << c.bits }
+// out, as many at a time as lie in the hole.
+func (c *check) readTables(list []tableRec, do func(w *worker, rec *tableRec, b []byte, n int), progress func(to int64)) error {
+	at := func(t *tableRec) int64 { return t.cluster << c.bits }
 	var mu sync.Mutex
-	next := 0
-	take := func() (from, to int) {
+	i, k := 0, int64(0) // the next one is table k of run i
+	passed := int64(0)
+	data := int64(0) // where the last hole ends
+	// take adds tables that are read at once to recs, which is empty.
+	take := func(recs []tableRec) ([]tableRec, int64) {
 		mu.Lock()
 		defer mu.Unlock()
-		from = next
-		if from >= len(list) {
-			return from, from
-		}
-		for to = from + 1; to < len(list); to++ {
-			if at(to)+c.cs-at(from) > readMost || at(to)-at(to-1)-c.cs > readGap {
-				break
+		for ; i < len(list); i, k = i+1, 0 {
+			for k < list[i].n() {
+				t := list[i].table(k)
+				n := len(recs)
+				switch off := at(&t); {
+				case n == 0 && off+c.cs <= c.size:
+					if data <= off {
+						data = c.dataAt(off)
+					}
+					if hole := min((min(data, c.size)-off)>>c.bits, list[i].n()-k); hole > 0 {
+						k, passed = k+hole, passed+hole
+						continue
+					}
+				case n > 0 && (off+c.cs-at(&recs[0]) > readMost || off-at(&recs[n-1])-c.cs > readGap):
+					return recs, passed
+				}
+				recs = append(recs, t)
+				k, passed = k+1, passed+1
 			}
 		}
-		next = to
-		return from, to
+		return recs, passed
 	}
-	workers := max(1, min(c.parallel, len(list)*int(c.cs)/readMost))
+	workers := int(max(1, min(int64(c.parallel), tablesIn(list)*c.cs/readMost)))
 	work := func() {
 		w := &worker{c: c}
 		defer c.counts.add(&w.n)
 		var buf []byte
-		data := int64(0) // where the last hole ends
+		var recs []tableRec
 		for {
-			from, to := take()
-			if from == to || c.failed() != nil {
+			var to int64
+			recs, to = take(recs[:0])
+			if len(recs) == 0 || c.failed() != nil {
 				return
 			}
-			for ; from < to && at(from)+c.cs <= c.size; from++ {
-				if data <= at(from) {
-					data = c.dataAt(at(from))
-				}
-				if data < at(from)+c.cs {
-					break
-				}
-			}
-			if from == to {
-				continue
-			}
-			start := at(from)
-			if n := int(at(to-1) + c.cs - start); cap(buf) < n {
+			start, end := at(&recs[0]), at(&recs[len(recs)-1])+c.cs
+			if n := int(end - start); cap(buf) < n {
 				buf = make([]byte, n)
 			}
-			b := buf[:at(to-1)+c.cs-start]
+			b := buf[:end-start]
 			n := c.read(b, start)
-			for i := from; i < to; i++ {
-				k := int(at(i) - start)
-				do(w, &list[i], b[k:k+int(c.cs)], min(max(n-k, 0), int(c.cs)))
+			for i := range recs {
+				k := int(at(&recs[i]) - start)
+				do(w, &recs[i], b[k:k+int(c.cs)], min(max(n-k, 0), int(c.cs)))
 			}
 			progress(to)
 		}
@@ -151,7 +155,8 @@ func (c *check) survey() (counted bool) {
 			return nil
 		}
 		c.suspect()
-		return c.readTables(list, look, func(to int) { c.sink.Progress(1, int64(to), int64(len(list))) })
+		n := tablesIn(list)
+		return c.readTables(list, look, func(to int64) { c.sink.Progress(1, to, n) })
 	})
 	if err != nil || counted {
 		c.suspects = nil
@@ -187,6 +192,7 @@ func (c *check) quick() bool {
 		return false
 	}
 	var again atomic.Bool
+	n := tablesIn(c.tables.whole)
 	err := c.readTables(c.tables.whole, func(w *worker, rec *tableRec, b []byte, n int) {
 		if n < len(b) || again.Load() {
 			again.Store(true)
@@ -195,7 +201,7 @@ func (c *check) quick() bool {
 		if w.count1(rec, b); len(w.bad) > 0 {
 			again.Store(true)
 		}
-	}, func(to int) { c.sink.Progress(1, int64(to), int64(len(c.tables.whole))) })
+	}, func(to int64) { c.sink.Progress(1, to, n) })
 	return err == nil && !again.Load()
 }
 
