@@ -118,9 +118,11 @@ func (c *carrier) tryWrite(r *uring.Request, f *file) bool {
 	w, ok := f.dev.(InPlaceWriter)
 	off, size := span(r.Op())
 	data := r.Arguments()
+	if !ok || !c.fs.writable || size == 0 || size > tryWrite || int(size) > len(data) || clip(f.size, off, uint64(size)) != int64(size) {
+		return false
+	}
 	begin := time.Now()
-	if !ok || !c.fs.writable || size == 0 || size > tryWrite || int(size) > len(data) ||
-		clip(f.size, off, uint64(size)) != int64(size) || begin.UnixNano() < c.rest.Load() || !c.fs.gate.TryRLock() {
+	if begin.UnixNano() < c.rest.Load() || !c.fs.gate.TryRLock() {
 		return false
 	}
 	defer c.fs.gate.RUnlock()

@@ -81,6 +81,11 @@ func (s *section) Size() int64                    { return s.n }
 func (s *section) Writable() bool                 { return s.dev.Writable() }
 func (s *section) Sync(ctx context.Context) error { return s.dev.Sync(ctx) }
 
+// holds tells whether [off, off+n) lies in the section.
+func (s *section) holds(off, n int64) bool {
+	return off >= 0 && n >= 0 && off <= s.n && n <= s.n-off
+}
+
 func (s *section) ReadAt(ctx context.Context, p []byte, off int64) (int, error) {
 	if off < 0 || off >= s.n {
 		return 0, io.EOF
@@ -99,24 +104,24 @@ func (s *section) ReadAt(ctx context.Context, p []byte, off int64) (int, error) 
 // WriteInPlace implements InPlaceWriter, where the disk does.
 func (s *section) WriteInPlace(p []byte, off int64) bool {
 	w, ok := s.dev.(InPlaceWriter)
-	return ok && off >= 0 && off <= s.n && int64(len(p)) <= s.n-off && w.WriteInPlace(p, s.off+off)
+	return ok && s.holds(off, int64(len(p))) && w.WriteInPlace(p, s.off+off)
 }
 
 // ReadCached implements CachedReader, where the disk does.
 func (s *section) ReadCached(p []byte, off int64) bool {
 	c, ok := s.dev.(CachedReader)
-	return ok && off >= 0 && off <= s.n && int64(len(p)) <= s.n-off && c.ReadCached(p, s.off+off)
+	return ok && s.holds(off, int64(len(p))) && c.ReadCached(p, s.off+off)
 }
 
 func (s *section) WriteAt(ctx context.Context, p []byte, off int64) (int, error) {
-	if off < 0 || off > s.n || int64(len(p)) > s.n-off {
+	if !s.holds(off, int64(len(p))) {
 		return 0, unix.EFBIG
 	}
 	return s.dev.WriteAt(ctx, p, s.off+off)
 }
 
 func (s *section) ZeroAt(ctx context.Context, off, n int64, punch bool) error {
-	if off < 0 || n < 0 || off > s.n || n > s.n-off {
+	if !s.holds(off, n) {
 		return unix.EFBIG
 	}
 	return s.dev.ZeroAt(ctx, s.off+off, n, punch)

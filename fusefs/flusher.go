@@ -12,12 +12,12 @@ import (
 type flusher struct {
 	since atomic.Int64 // time of the first unsynced change, 0 for none
 	ended atomic.Int64 // changes that have ended
-	// synced is how many of them a sync covers that has succeeded, behind by
-	// one before the first.
-	synced atomic.Int64
-	done   chan struct{}
-	end    sync.Once
-	wg     sync.WaitGroup
+	// covered is one more than the changes that a sync covers which has
+	// succeeded, 0 before the first.
+	covered atomic.Int64
+	done    chan struct{}
+	end     sync.Once
+	wg      sync.WaitGroup
 
 	mu   sync.Mutex
 	fail error // of a background sync, until somebody was told
@@ -37,13 +37,13 @@ func (f *flusher) mark(now int64) {
 // covers what those behind it wait for (group commit).
 func (f *flusher) flush(sync func() error) error {
 	old := f.since.Swap(0)
-	ended := f.ended.Load()
-	if f.synced.Load() == ended {
+	covers := f.ended.Load() + 1
+	if f.covered.Load() == covers {
 		return nil
 	}
 	err := sync()
 	if err == nil {
-		f.synced.Store(ended) // also when a later one was faster: then one more is made than needed
+		f.covered.Store(covers) // also when a later one was faster: then one more is made than needed
 	} else if old != 0 {
 		f.since.CompareAndSwap(0, time.Now().UnixNano())
 	}

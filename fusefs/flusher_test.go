@@ -9,7 +9,6 @@ import (
 // that ends while it runs, a failure, and the first one of all are.
 func TestFlushOnce(t *testing.T) {
 	var f flusher
-	f.synced.Store(-1)
 	made := 0
 	flush := func(during func(), result error) error {
 		return f.flush(func() error {

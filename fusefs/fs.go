@@ -113,7 +113,6 @@ func New(dev Device, o Options) (*FS, error) {
 	}
 	fs.results.New = func() any { return &result{pool: &fs.results} }
 	fs.mtime.Store(time.Now().UnixNano())
-	fs.flusher.synced.Store(-1)
 
 	mode := uint32(0o666)
 	if !fs.writable {

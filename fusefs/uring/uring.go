@@ -5,8 +5,7 @@
 // Design note. The kernel has a queue for each processor and puts a request
 // into that of the processor on which it was made. Each queue has a ring and a
 // thread of its own here, on the same processor unless another serves better
-// (affinity). A reply and the wait for the
-// next request are one system call.
+// (affinity). A reply and the wait for the next request are one system call.
 //
 // What a thread can answer without waiting for anything it answers itself
 // (Handler.Try). Everything else goes to a goroutine that belongs to the place
