@@ -95,18 +95,9 @@ func TestDataFileEstimate(t *testing.T) {
 		path := filepath.Join(dir, "image")
 		imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-o", "data_file="+filepath.Join(dir, "data")+",data_file_raw="+raw, path, "8M")
 		imgtest.QemuIO(t, "qcow2", path, "write -P 0 0 2M", "write -P 4 4M 1M")
-		est, err := rewrite.Estimate(t.Context(), path, rewrite.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		r, err := rewrite.Compact(t.Context(), path, rewrite.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
-		est2, err := rewrite.Estimate(t.Context(), path, rewrite.Options{})
-		if err != nil {
-			t.Fatal(err)
-		}
+		est := estimated(t, path)
+		r := compacted(t, path)
+		est2 := estimated(t, path)
 		const tail = 4
 		switch gone := r.Before.Apparent - r.After.Apparent; {
 		case est.Steps[1].Bytes != 2<<20 || r.Steps[1] != est.Steps[1]:

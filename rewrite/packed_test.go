@@ -106,14 +106,8 @@ func TestManyStreams(t *testing.T) {
 	imgtest.QemuImg(t, "convert", "-q", "-c", "-O", "qcow2", disk, path)
 	imgtest.QemuIO(t, "qcow2", path, "write -P 3 1M 64k", "write -P 0 4M 2M", "write -P 4 7M 64k")
 	content := plain(t, path)
-	est, err := rewrite.Estimate(t.Context(), path, rewrite.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := rewrite.Compact(t.Context(), path, rewrite.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
+	est := estimated(t, path)
+	r := compacted(t, path)
 	if r.Steps[1].Bytes != 2<<20 || est.Steps[1] != r.Steps[1] {
 		t.Errorf("%+v, estimated %+v", r.Steps[1], est.Steps[1])
 	}
