@@ -97,7 +97,7 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 				return nil, err
 			}
 		}
-		oo, path = lowerOptions(o.Open, path, at.Format), at.Path
+		path, oo = alone(o.Open, path, at)
 	}
 	oo.Writable, oo.Scratch = m != estimating, false
 	if t.stack, err = open.Open(ctx, path, oo); err != nil {
@@ -148,7 +148,8 @@ func sizeOf(files []string) (Size, error) {
 // freeAbove finds what is free for the guest in every view above the layer.
 func (t *target) freeAbove(ctx context.Context, path string, o *Options, above []open.Traced) error {
 	for _, v := range above {
-		s, err := open.Open(ctx, v.Path, lowerOptions(o.Open, path, v.Format))
+		view, oo := alone(o.Open, path, v)
+		s, err := open.Open(ctx, view, oo)
 		if err != nil {
 			return err
 		}
@@ -219,12 +220,20 @@ func (t *target) attach(writable bool) error {
 	return nil
 }
 
-// lowerOptions are those to open a layer of the stack at path by itself.
-func lowerOptions(o open.Options, path, format string) open.Options {
-	o.Format = format
-	o.AllowPaths = append(slices.Clone(o.AllowPaths), filepath.Dir(path))
+// alone is how a layer of the stack at path is opened as the top of what lies
+// below it.
+func alone(o open.Options, path string, layer open.Traced) (string, open.Options) {
+	if st, err := os.Stat(path); err != nil || !st.IsDir() {
+		path = filepath.Dir(path)
+	}
+	o.AllowPaths = append(slices.Clone(o.AllowPaths), path)
 	o.Writable, o.Scratch = false, false
-	return o
+	if layer.Descriptor != "" {
+		o.Format, o.Snapshot, o.Lower = "", layer.GUID, true
+		return layer.Descriptor, o
+	}
+	o.Format = layer.Format
+	return layer.Path, o
 }
 
 // checkBase refuses a layer on which images stand other than the one above it.
@@ -257,41 +266,65 @@ func someOf(paths []string) string {
 	return list
 }
 
-// checkBundle refuses an image of a ploop bundle that is not its top, and one
-// that was opened as if it stood alone: what lies below it would then be taken
-// for zeros.
+// checkBundle refuses an image of a ploop bundle on which others stand than the
+// one above it, and one that was opened as if it stood alone: what lies below
+// it would then be taken for zeros.
 func checkBundle(trace *open.Trace, layer int) error {
 	at := trace.Images[layer]
 	if at.Format == "qcow2" {
 		return nil
 	}
-	if layer > 0 && len(trace.Descriptors) > 0 {
-		return fmt.Errorf("%s: %w: it is a snapshot of a bundle", at.Path, ErrBase)
-	}
-	homes, err := open.Homes(at.Path)
+	members, err := membersOf(at)
 	if err != nil {
 		return err
 	}
-	for _, dir := range homes {
-		// In the other directory it may have another name.
-		name := at.Path
-		if dir != homes[0] {
-			if name, err = filepath.EvalSymlinks(at.Path); err != nil {
-				return err
-			}
-		}
-		m, err := open.MemberOf(name)
+	for _, m := range members {
+		children := slices.DeleteFunc(m.Children, func(c string) bool {
+			return layer > 0 && sameFile(c, trace.Images[layer-1].Path)
+		})
 		switch {
-		case err != nil:
-			return err
-		case m == nil:
-		case len(m.Children) > 0:
-			return fmt.Errorf("%s: %w: %s", at.Path, ErrBase, m.Children[0])
+		case len(children) > 0:
+			return fmt.Errorf("%s: %w: %s", at.Path, ErrBase, someOf(children))
 		case m.Images > 1 && !slices.ContainsFunc(trace.Descriptors, func(d string) bool { return sameFile(d, m.Descriptor) }):
 			return fmt.Errorf("%s: %w: it is an image of the bundle %s; name that, without --format", at.Path, layers.ErrUnsupported, m.Descriptor)
 		}
 	}
 	return nil
+}
+
+// membersOf is what an image is in the bundles that are known to name it.
+func membersOf(image open.Traced) ([]*open.Member, error) {
+	homes, err := open.Homes(image.Path)
+	if err != nil {
+		return nil, err
+	}
+	var members []*open.Member
+	for _, dir := range homes {
+		// In the other directory it may have another name.
+		name := image.Path
+		if dir != homes[0] {
+			if name, err = filepath.EvalSymlinks(image.Path); err != nil {
+				return nil, err
+			}
+		}
+		m, err := open.MemberOf(name)
+		if err != nil {
+			return nil, err
+		}
+		if m != nil {
+			members = append(members, m)
+		}
+	}
+	if image.Descriptor != "" { // which may lie elsewhere
+		m, err := open.MemberIn(image.Descriptor, image.Path)
+		if err != nil {
+			return nil, err
+		}
+		if m != nil {
+			members = append(members, m)
+		}
+	}
+	return members, nil
 }
 
 // onDevice sees to images on block devices, beside which no record can lie and

@@ -138,6 +138,8 @@ func (op *opener) openBundle(xml, snapshot, named string) error {
 			_ = f.Close() // never changed
 			return err
 		}
+		image := &op.found[len(op.found)-1]
+		image.Descriptor, image.GUID = xml, ref.GUID
 		l := op.pile[len(op.pile)-1]
 		if err := d.CheckImage(ref, l.Size(), l.Granule()); err != nil {
 			return err

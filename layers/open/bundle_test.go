@@ -104,6 +104,40 @@ func TestBundleIsWrittenOnlyAtItsTop(t *testing.T) {
 	}
 }
 
+// An image on which others of its bundle stand is written by who says that he
+// means that, and by its GUID, so that its parents are there.
+func TestBundleIsWrittenBelow(t *testing.T) {
+	dir, images, _ := bundle(t, "expanded")
+	trace, err := open.Follow(context.Background(), dir, open.Options{})
+	if err != nil || trace.Err != nil {
+		t.Fatal(err, trace.Err)
+	}
+	for i, at := range trace.Images {
+		if at.Path != images[i].Path || at.Descriptor != filepath.Join(dir, "DiskDescriptor.xml") || at.GUID == "" {
+			t.Fatalf("layer %d: %+v", i, at)
+		}
+		o := open.Options{Writable: true, Snapshot: at.GUID}
+		refuses(t, dir, o, layers.ErrUnsupported, "snapshot")
+		o.Lower = true
+		s, err := open.Open(context.Background(), at.Descriptor, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if l := s.Layers(); len(l) != len(images)-i || l[0].Data().Name() != at.Path {
+			t.Errorf("layer %d: %d layers, the top is %s", i, len(l), l[0].Data().Name())
+		}
+		refuses(t, dir, open.Options{}, layers.ErrInUse)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// Snapshots inside an image are something else.
+	qcow2 := filepath.Join(t.TempDir(), "image.qcow2")
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", qcow2, "1M")
+	imgtest.QemuImg(t, "snapshot", "-c", "one", qcow2)
+	refuses(t, qcow2, open.Options{Writable: true, Snapshot: "one", Lower: true}, layers.ErrUnsupported, "snapshot")
+}
+
 // A descriptor comes with the image: what it names is policed in the same way.
 func TestHostileBundle(t *testing.T) {
 	outside := t.TempDir()

@@ -61,6 +61,10 @@ func (op *opener) openTop(path string) error {
 		}
 		return op.openBundle(xml, snapshot, guid)
 	}
+	if op.writableLayer() && op.o.Snapshot != "" {
+		_ = f.Close() // only looked at so far
+		return errSnapshot(path, op.o.Snapshot)
+	}
 	return op.openChain(f, path, format)
 }
 

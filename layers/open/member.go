@@ -30,6 +30,11 @@ func MemberOf(path string) (*Member, error) {
 	case !st.Mode().IsRegular():
 		return nil, nil
 	}
+	return MemberIn(xml, path)
+}
+
+// MemberIn is MemberOf for the bundle that the regular file at xml describes.
+func MemberIn(xml, path string) (*Member, error) {
 	d, err := ploop.ReadDescriptor(xml)
 	if err != nil {
 		return nil, err

@@ -54,8 +54,13 @@ type Options struct {
 	// say, and confirms one that contradicts its content.
 	BackingFormat string
 	// Snapshot selects an internal snapshot (qcow2: id or name) or a snapshot
-	// of a ploop bundle (GUID). Such a stack is writable only with Scratch.
+	// of a ploop bundle (GUID). Such a stack is writable only with Scratch, or
+	// with Lower.
 	Snapshot string
+	// Lower lets Writable and Snapshot together open an image of a ploop
+	// bundle on which others stand: for who changes where its clusters lie,
+	// and nothing that any image of the bundle shows.
+	Lower bool
 	// AllowPaths are directories, besides that of the image, in which files
 	// that an image names may lie.
 	AllowPaths []string
@@ -138,9 +143,8 @@ func newOpener(ctx context.Context, path string, o Options) (*opener, error) {
 	if o.Flat && o.Writable && !o.Scratch {
 		return nil, fmt.Errorf("%s: %w: a flat view is read-only or thrown away", path, layers.ErrUnsupported)
 	}
-	if o.Writable && !o.Scratch && o.Snapshot != "" {
-		return nil, &layers.ImageError{Path: path, Layer: 0, Offset: -1, Field: "snapshot", Value: o.Snapshot,
-			Err: fmt.Errorf("%w: writing to a snapshot (--scratch writes to a throw-away layer)", layers.ErrUnsupported)}
+	if o.Writable && !o.Scratch && o.Snapshot != "" && !o.Lower {
+		return nil, errSnapshot(path, o.Snapshot)
 	}
 	if err := checkFormat(o.Format); err != nil {
 		return nil, err
@@ -178,6 +182,12 @@ func (op *opener) abandon() {
 // stack's changes.
 func (op *opener) writableLayer() bool {
 	return len(op.pile) == 0 && op.o.Writable && !op.o.Scratch
+}
+
+// errSnapshot refuses to write to a snapshot.
+func errSnapshot(path, name string) error {
+	return &layers.ImageError{Path: path, Layer: 0, Offset: -1, Field: "snapshot", Value: name,
+		Err: fmt.Errorf("%w: writing to a snapshot (--scratch writes to a throw-away layer)", layers.ErrUnsupported)}
 }
 
 // errDepth is a chain that does not end where it should.

@@ -22,6 +22,9 @@ type Traced struct {
 	// those of the layer then.
 	Opened        bool
 	Size, Granule int64 // bytes
+	// Descriptor is that of the ploop bundle that the image was opened as a
+	// part of, GUID what it is called there; "" for others.
+	Descriptor, GUID string
 }
 
 // Trace is what belongs to an image, as far as it could be found: for
