@@ -224,10 +224,67 @@ func (r *hostileRun) message(program string, exit int, stdout, stderr string) {
 }
 
 // start runs a program within the limits.
+//
+// Processor time is no property of the program alone: neighbours on a core take
+// its caches, and the kernel works for others on its account. So a run that
+// changes nothing and exceeds the limit is repeated, and the least of three
+// counts. The limit is as hard as before: a program that needs more than it
+// exceeds it each time.
 func (r *hostileRun) start(program string, args ...string) (exit int, stdout, stderr string) {
-	wall, most := hostileWall, hostileCPU
+	most := hostileCPU
 	if r.tool == hostile.Repair {
-		wall, most = repairWall, repairCPU
+		most = repairCPU
+	}
+	var best *hostileCost
+	for range 3 {
+		c := r.once(most, program, args...)
+		if c == nil {
+			return -1, "", ""
+		}
+		if best == nil || c.cpu < best.cpu {
+			best = c
+		}
+		if best.cpu <= most || imgtest.RaceEnabled || !changesNothing(program, args) {
+			break
+		}
+		if program == "mount-image" && c.exit == 0 {
+			r.once(most, program, "-u", args[len(args)-1])
+		}
+	}
+	if best.cpu > most && !imgtest.RaceEnabled {
+		r.errorf("%q: %v of processor time", args, best.cpu)
+	} else if best.cpu > most/5 {
+		r.Logf("%s %q: %v of processor time", program, args[:len(args)-1], best.cpu)
+	}
+	r.memory(best.peak)
+	return best.exit, best.stdout, best.stderr
+}
+
+// changesNothing reports whether a run can be repeated as if it had not been.
+func changesNothing(program string, args []string) bool {
+	switch program {
+	case "image-fsck", "image-compact":
+		return slices.Contains(args, "-n")
+	case "mount-image":
+		return !slices.Contains(args, "-w") && !slices.Contains(args, "-u")
+	}
+	return slices.Contains([]string{"info", "map"}, args[0])
+}
+
+// hostileCost is what a run said and cost.
+type hostileCost struct {
+	exit           int
+	stdout, stderr string
+	cpu            time.Duration
+	peak           string // of memory, KiB
+}
+
+// once runs a program, which is killed when it takes twice the processor time
+// that it may; nil says that it did not come to an end.
+func (r *hostileRun) once(most time.Duration, program string, args ...string) *hostileCost {
+	wall := hostileWall
+	if r.tool == hostile.Repair {
+		wall = repairWall
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), wall)
 	defer cancel()
@@ -248,19 +305,14 @@ func (r *hostileRun) start(program string, args ...string) (exit int, stdout, st
 	_ = cmd.Run()
 	if ctx.Err() != nil || cmd.ProcessState == nil {
 		r.errorf("%q: still running after %v", args, wall)
-		return -1, "", ""
-	}
-	if cpu := cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime(); cpu > most && !imgtest.RaceEnabled {
-		r.errorf("%q: %v of processor time", args, cpu)
-	} else if cpu > most/5 {
-		r.Logf("%s %q: %v of processor time", program, args[:len(args)-1], cpu)
+		return nil
 	}
 	kib, err := os.ReadFile(peak)
 	if err != nil {
 		r.Fatal(err)
 	}
-	r.memory(string(kib))
-	return cmd.ProcessState.ExitCode(), out.String(), errOut.String()
+	s := cmd.ProcessState
+	return &hostileCost{s.ExitCode(), out.String(), errOut.String(), s.UserTime() + s.SystemTime(), string(kib)}
 }
 
 // memory checks a peak of resident memory in KiB.
