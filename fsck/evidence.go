@@ -35,7 +35,7 @@ func (r *runner) evidence(ctx context.Context, s *Stack, res *ImageResult, h *ho
 		if st == nil {
 			return set
 		}
-		rep, err := guestfs.Free(ctx, guestReader{ctx, st}, st.Size(), guestfs.Options{})
+		rep, err := guestfs.Free(ctx, st.ReaderAt(ctx), st.Size(), guestfs.Options{})
 		if err != nil {
 			return set
 		}
@@ -46,14 +46,6 @@ func (r *runner) evidence(ctx context.Context, s *Stack, res *ImageResult, h *ho
 	})
 	return func(off, n int64) bool { return free().Contains(off, n) }
 }
-
-// guestReader is a stack as an io.ReaderAt.
-type guestReader struct {
-	ctx context.Context // of the one call that it serves
-	s   *layers.Stack
-}
-
-func (g guestReader) ReadAt(p []byte, off int64) (int, error) { return g.s.ReadAt(g.ctx, p, off) }
 
 // assemble makes a stack of the files that are open and locked already; nil
 // when that cannot be done.

@@ -1,7 +1,6 @@
 package guestfs_test
 
 import (
-	"context"
 	"path/filepath"
 	"runtime"
 	"testing"
@@ -9,7 +8,6 @@ import (
 
 	"github.com/imagestack/imagestack/guestfs"
 	"github.com/imagestack/imagestack/internal/imgtest/hostile"
-	"github.com/imagestack/imagestack/layers"
 	"github.com/imagestack/imagestack/layers/open"
 )
 
@@ -18,13 +16,6 @@ const (
 	mostTime   = 5 * time.Second
 	mostMemory = 64 << 20 // bytes allocated, also those that were given back
 )
-
-type stackReader struct {
-	ctx context.Context // of the one call that it serves
-	s   *layers.Stack
-}
-
-func (r stackReader) ReadAt(p []byte, off int64) (int, error) { return r.s.ReadAt(r.ctx, p, off) }
 
 func judgeCase(t *testing.T, c hostile.Case) *guestfs.Report {
 	t.Helper()
@@ -44,7 +35,7 @@ func judgeCase(t *testing.T, c hostile.Case) *guestfs.Report {
 	var before, after runtime.MemStats
 	runtime.ReadMemStats(&before)
 	begun := time.Now()
-	rep, err := guestfs.Free(t.Context(), stackReader{t.Context(), s}, s.Size(), guestfs.Options{Gaps: true, Swap: true})
+	rep, err := guestfs.Free(t.Context(), s.ReaderAt(t.Context()), s.Size(), guestfs.Options{Gaps: true, Swap: true})
 	if err != nil {
 		t.Fatal(err)
 	}

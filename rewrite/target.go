@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -153,7 +152,7 @@ func (t *target) freeAbove(ctx context.Context, path string, o *Options, above [
 		if err != nil {
 			return err
 		}
-		rep, err := guestfs.Free(ctx, stackReader{ctx, s}, s.Size(), freeOptions(o, 0))
+		rep, err := guestfs.Free(ctx, s.ReaderAt(ctx), s.Size(), freeOptions(o, 0))
 		if err = errors.Join(err, s.Close()); err != nil {
 			return err
 		}
@@ -394,7 +393,7 @@ func (t *target) stillRunning(ctx context.Context, path string, o *Options, err 
 
 // guestFree is what is free for the guest in every view of the layer.
 func (t *target) guestFree(ctx context.Context, o *Options) ([]blockmap.Range, []guestfs.Area, error) {
-	rep, err := guestfs.Free(ctx, stackReader{ctx, t.stack}, t.stack.Size(), freeOptions(o, t.layer.Granule()))
+	rep, err := guestfs.Free(ctx, t.stack.ReaderAt(ctx), t.stack.Size(), freeOptions(o, t.layer.Granule()))
 	if err != nil {
 		return nil, nil, err
 	}
@@ -419,18 +418,4 @@ func intersect(a, b []blockmap.Range) []blockmap.Range {
 		}
 	}
 	return out
-}
-
-// stackReader reads a stack as an io.ReaderAt.
-type stackReader struct {
-	ctx context.Context
-	s   *layers.Stack
-}
-
-func (r stackReader) ReadAt(p []byte, off int64) (int, error) {
-	n, err := r.s.ReadAt(r.ctx, p, off)
-	if err == nil && n < len(p) {
-		err = io.EOF
-	}
-	return n, err
 }

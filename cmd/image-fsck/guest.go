@@ -208,7 +208,7 @@ func (r *run) guestStack(ctx context.Context, path string, o open.Options, doc *
 		return err
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	parts, err := guestfs.Partitions(ctx, stackReader{ctx, s}, s.Size())
+	parts, err := guestfs.Partitions(ctx, s.ReaderAt(ctx), s.Size())
 	if err != nil {
 		return fmt.Errorf("%s: %w", r.Images[0], err)
 	}
@@ -296,14 +296,6 @@ func (r *run) showGuest(ctx context.Context, fs *fusefs.FS) (*fusefs.Server, err
 	sandbox.Attack("serve") // of test builds
 	return srv, nil
 }
-
-// stackReader is a stack as an io.ReaderAt.
-type stackReader struct {
-	ctx   context.Context // of the one call that it serves
-	stack *layers.Stack
-}
-
-func (s stackReader) ReadAt(p []byte, off int64) (int, error) { return s.stack.ReadAt(s.ctx, p, off) }
 
 // detectFS tells what a partition holds, "" for nothing that can be checked.
 func detectFS(ctx context.Context, s *layers.Stack, start, n int64) (string, error) {

@@ -192,7 +192,7 @@ func (srv *server) report(err error) {
 
 // partitions reads the partition table of the disk.
 func (srv *server) partitions(ctx context.Context) ([]fusefs.Partition, error) {
-	parts, err := guestfs.Partitions(ctx, readerAt{ctx, srv.stack}, srv.stack.Size())
+	parts, err := guestfs.Partitions(ctx, srv.stack.ReaderAt(ctx), srv.stack.Size())
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", srv.s.image, err)
 	}
@@ -208,14 +208,6 @@ func (srv *server) partitions(ctx context.Context) ([]fusefs.Partition, error) {
 	}
 	return views, nil
 }
-
-// readerAt is a stack as an io.ReaderAt.
-type readerAt struct {
-	ctx   context.Context // of the one call that it serves
-	stack *layers.Stack
-}
-
-func (r readerAt) ReadAt(p []byte, off int64) (int, error) { return r.stack.ReadAt(r.ctx, p, off) }
 
 // announcement is what --json prints.
 type announcement struct {
