@@ -81,10 +81,10 @@ func supervise() (status int, err error) {
 	child.Stdin, child.Stdout, child.Stderr = os.Stdin, os.Stdout, os.Stderr
 	if err := child.Run(); err != nil {
 		var exit *exec.ExitError
-		if !errors.As(err, &exit) {
-			return 1, err
+		if !errors.As(err, &exit) || exit.ExitCode() < 0 {
+			return 1, err // it could not be started, or a signal ended it
 		}
-		return max(exit.ExitCode(), 1), nil
+		return exit.ExitCode(), nil
 	}
 	return 0, nil
 }
