@@ -144,27 +144,14 @@ func (e *evidence) add(g *guest, k kind, loc, off int64, n int64) error {
 			}
 		}
 	}
-	if cap(e.hits) == len(e.hits) {
-		grow := max(1024, len(e.hits))
-		if err := e.src.take(int64(grow)*hitBytes, "evidence"); err != nil {
-			return err
-		}
-		e.hits = slices.Grow(e.hits, grow)
-	}
-	e.hits = append(e.hits, hit{loc: loc, off: off, n: 1, fs: index, kind: k})
-	return nil
+	var err error
+	e.hits, err = append1(e.src, e.hits, hit{loc: loc, off: off, n: 1, fs: index, kind: k}, hitBytes, "evidence")
+	return err
 }
 
-func (e *evidence) addSeed(s seedHit) error {
-	if cap(e.seeds) == len(e.seeds) {
-		grow := max(1024, len(e.seeds))
-		if err := e.src.take(int64(grow)*seedBytes, "evidence"); err != nil {
-			return err
-		}
-		e.seeds = slices.Grow(e.seeds, grow)
-	}
-	e.seeds = append(e.seeds, s)
-	return nil
+func (e *evidence) addSeed(s seedHit) (err error) {
+	e.seeds, err = append1(e.src, e.seeds, s, seedBytes, "evidence")
+	return err
 }
 
 // supers looks for superblocks and partition tables in the first n bytes of b,

@@ -38,14 +38,10 @@ func (x *extFS) addBitmaps(e *evidence, d []byte) error {
 		if b.block == 0 || b.block >= x.blocks {
 			continue
 		}
-		if len(x.bitmaps) == cap(x.bitmaps) {
-			grow := max(1024, len(x.bitmaps))
-			if err := e.src.take(int64(grow)*16, "bitmaps"); err != nil {
-				return err
-			}
-			x.bitmaps = slices.Grow(x.bitmaps, grow)
+		var err error
+		if x.bitmaps, err = append1(e.src, x.bitmaps, b, 16, "bitmaps"); err != nil {
+			return err
 		}
-		x.bitmaps = append(x.bitmaps, b)
 	}
 	return nil
 }

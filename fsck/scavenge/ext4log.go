@@ -44,14 +44,10 @@ func (l *journalled) descriptor(e *evidence, b []byte, blocks uint64) error {
 			l.full = true
 			return nil
 		}
-		if len(l.blocks) == cap(l.blocks) {
-			grow := max(1024, len(l.blocks))
-			if err := e.src.take(int64(grow)*8, "the journal"); err != nil {
-				return err
-			}
-			l.blocks = slices.Grow(l.blocks, grow)
+		var err error
+		if l.blocks, err = append1(e.src, l.blocks, block, 8, "the journal"); err != nil {
+			return err
 		}
-		l.blocks = append(l.blocks, block)
 		at += logTag
 		if flags&logSameUUID == 0 {
 			at += logUUID

@@ -149,14 +149,7 @@ func (j *qcow2Job) index() error {
 			if w.packed || !wanted.get(w.host>>j.bits) || err != nil {
 				return
 			}
-			if len(j.refs2) == cap(j.refs2) {
-				grow := max(1024, len(j.refs2))
-				if err = j.src.take(int64(grow)*12, "the index of evidence"); err != nil {
-					return
-				}
-				j.refs2 = slices.Grow(j.refs2, grow)
-			}
-			j.refs2 = append(j.refs2, tableRef{uint32(w.host >> j.bits), int32(i), int32(entry)})
+			j.refs2, err = append1(j.src, j.refs2, tableRef{uint32(w.host >> j.bits), int32(i), int32(entry)}, 12, "the index of evidence")
 		})
 	}
 	slices.SortFunc(j.refs2, func(a, b tableRef) int {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 
 	"github.com/imagestack/imagestack/backend"
 )
@@ -40,6 +41,19 @@ func (s *source) take(n int64, what string) error {
 	}
 	s.left -= n
 	return nil
+}
+
+// append1 is append of one item for lists that grow with what the image says:
+// their memory, size bytes an item, is taken from s.
+func append1[T any](s *source, list []T, item T, size int64, what string) ([]T, error) {
+	if len(list) == cap(list) {
+		grow := max(1024, len(list))
+		if err := s.take(int64(grow)*size, what); err != nil {
+			return list, err
+		}
+		list = slices.Grow(list, grow)
+	}
+	return append(list, item), nil
 }
 
 // read fills p from off; what lies behind the end of the file is zero, and ok

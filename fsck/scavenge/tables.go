@@ -137,14 +137,10 @@ func (j *qcow2Job) findTables(ctx context.Context) error {
 				if !add {
 					continue
 				}
-				if len(j.tables) == cap(j.tables) {
-					grow := max(256, len(j.tables))
-					if err := j.src.take(int64(grow)*l2Bytes, "L2 tables"); err != nil {
-						return err
-					}
-					j.tables = slices.Grow(j.tables, grow)
+				var err error
+				if j.tables, err = append1(j.src, j.tables, l2Table{off + x, m}, l2Bytes, "L2 tables"); err != nil {
+					return err
 				}
-				j.tables = append(j.tables, l2Table{off + x, m})
 			}
 			return nil
 		})

@@ -34,17 +34,10 @@ const (
 	maxTailUnits  = 1 << 14
 )
 
-// addTail enters the end of a file in block phys, counted from the filesystem.
-func (e *evidence) addTail(g *guest, off int64, end uint32) error {
-	if len(g.tails) == cap(g.tails) {
-		grow := max(1024, len(g.tails))
-		if err := e.src.take(int64(grow)*tailBytes, "the ends of files"); err != nil {
-			return err
-		}
-		g.tails = slices.Grow(g.tails, grow)
-	}
-	g.tails = append(g.tails, tail{g.base + off, end})
-	return nil
+// addTail enters the end of a file in the block at off of the filesystem.
+func (e *evidence) addTail(g *guest, off int64, end uint32) (err error) {
+	g.tails, err = append1(e.src, g.tails, tail{g.base + off, end}, tailBytes, "the ends of files")
+	return err
 }
 
 // tail takes the end of a regular file with these extents.
