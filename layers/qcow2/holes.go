@@ -3,6 +3,7 @@ package qcow2
 import (
 	"errors"
 	"io"
+	"math"
 )
 
 // fileHole is a range of the image file without storage, which reads as zeros.
@@ -43,4 +44,32 @@ func (img *Image) dataBehind(off, end int64) int64 {
 func (img *Image) inHole(table int64) bool {
 	h := img.hole.Load()
 	return h != nil && h.from <= table && table+img.clusterSize <= h.to
+}
+
+// stillHoles finds tables that lie in holes of the image file, for a walk
+// during which nobody writes. One that is told of writers (still is false)
+// finds none.
+type stillHoles struct {
+	img   *Image
+	still bool
+	last  fileHole
+}
+
+// isStill reports whether walks have the image for themselves: it is open for
+// reading only, or an editor relocates it, which has written what it changed.
+func (img *Image) isStill() bool {
+	return img.ed == nil && !img.o.Writable || img.ed != nil && img.ed.relocating
+}
+
+// in reports whether [off, off+n) lies in a hole.
+func (h *stillHoles) in(off, n int64) bool {
+	return h.still && h.end(off) >= off+n
+}
+
+// end is where the hole at off ends, off itself where there is none.
+func (h *stillHoles) end(off int64) int64 {
+	if off < h.last.from || off >= h.last.to {
+		h.last = fileHole{off, h.img.dataBehind(off, math.MaxInt64)}
+	}
+	return h.last.to
 }

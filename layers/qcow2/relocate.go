@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 
+	"github.com/RoaringBitmap/roaring/v2/roaring64"
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/blockmap"
 	"github.com/imagestack/imagestack/layers"
@@ -297,28 +298,30 @@ func (img *Image) Counted(ctx context.Context, visit func(off, n int64) error) e
 	pageBytes := min(img.clusterSize, maxPageBytes)
 	perPage := pageBytes << 3 >> order
 	block := make([]byte, img.clusterSize)
-	var last uint64   // whose content block is
-	var parts []int64 // of it that count anything, in pages
+	var parts []int64 // of the block that count anything, in pages
 	var hole fileHole // counts nothing
 	var run hostRun
-	w := walker{img: img, ctx: ctx}
+	seen := roaring64.New() // blocks
+	w := walker{img: img, ctx: ctx, holes: stillHoles{img: img, still: img.isStill()}}
 	err = w.words(int64(h.RefcountTableOffset), int64(h.RefcountTableClusters)<<img.clusterBits, "refcount table", func(k, at int64, entry uint64) error {
 		if entry&uint64(img.clusterSize-1) != 0 || !inFile(entry, uint64(img.clusterSize)) {
 			return img.corrupt(at, "refcount table entry", entry, "it is not a cluster offset")
 		}
+		// A small file could name one block a million times, and have all that
+		// it counts gone through each time.
+		if !seen.CheckedAdd(entry >> img.clusterBits) {
+			return img.corrupt(at, "refcount table entry", entry, "another entry names the same block")
+		}
 		if hole.from <= int64(entry) && int64(entry)+img.clusterSize <= hole.to {
 			return nil
 		}
-		if entry != last {
-			last = 0
-			if err := img.readMeta(block, int64(entry), "refcount block"); err != nil {
-				return err
-			}
-			last, parts = entry, parts[:0]
-			for p := int64(0); p*pageBytes < img.clusterSize; p++ {
-				if !backend.IsZero(block[p*pageBytes : (p+1)*pageBytes]) {
-					parts = append(parts, p)
-				}
+		if err := img.readMeta(block, int64(entry), "refcount block"); err != nil {
+			return err
+		}
+		parts = parts[:0]
+		for p := int64(0); p*pageBytes < img.clusterSize; p++ {
+			if !backend.IsZero(block[p*pageBytes : (p+1)*pageBytes]) {
+				parts = append(parts, p)
 			}
 		}
 		if len(parts) == 0 {

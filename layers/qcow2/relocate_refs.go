@@ -147,7 +147,7 @@ func (img *Image) eachRef(ctx context.Context, data bool, visit func(ref) error)
 	if err != nil {
 		return err
 	}
-	w := refWalk{w: walker{img: img, ctx: ctx}, sorted: sortTables(tables), seen: roaring64.New(), data: data, visit: visit, buf: make([]byte, img.clusterSize)}
+	w := refWalk{w: walker{img: img, ctx: ctx, holes: stillHoles{img: img, still: true}}, sorted: sortTables(tables), seen: roaring64.New(), data: data, visit: visit, buf: make([]byte, img.clusterSize)}
 	for _, t := range tables {
 		if err := w.table(t); err != nil {
 			return err
@@ -221,6 +221,9 @@ func (w *refWalk) inTable(off int64) bool {
 func (w *refWalk) l2(table, first int64) error {
 	img := w.w.img
 	b := w.buf
+	if w.w.holes.in(table, img.clusterSize) {
+		return nil
+	}
 	if err := img.readMeta(b, table, "L2 table"); err != nil {
 		return err
 	}

@@ -50,6 +50,7 @@ func (img *Image) Shrink(ctx context.Context) error {
 // dropEmptyTables unlinks the L2 tables of the active map that say nothing.
 func (ed *editor) dropEmptyTables(ctx context.Context) error {
 	img := ed.img
+	holes := stillHoles{img: img, still: true} // only L1 tables are written
 	err := img.eachL1(ctx, func(i, at int64, entry uint64) error {
 		if entry&entryCopied == 0 || entry&^entryCopied == 0 {
 			return nil
@@ -58,7 +59,9 @@ func (ed *editor) dropEmptyTables(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		err = img.eachL2(ctx, table, i*img.l2Span, func(int64, *l2Entry) error { return errStop })
+		if !holes.in(table, img.clusterSize) {
+			err = img.eachL2(ctx, table, i*img.l2Span, func(int64, *l2Entry) error { return errStop })
+		}
 		if errors.Is(err, errStop) {
 			return nil
 		}

@@ -20,12 +20,13 @@ func (img *Image) WalkHost(ctx context.Context, visit func(layers.HostRange) err
 			return err
 		}
 	}
-	return img.walkHost(ctx, visit)
+	return img.walkHost(ctx, img.isStill(), visit)
 }
 
-// walkHost is WalkHost for who has synced.
-func (img *Image) walkHost(ctx context.Context, visit func(layers.HostRange) error) error {
-	w := walker{img: img, ctx: ctx, visit: visit}
+// walkHost is WalkHost for who has synced. still says that nobody writes
+// meanwhile.
+func (img *Image) walkHost(ctx context.Context, still bool, visit func(layers.HostRange) error) error {
+	w := walker{img: img, ctx: ctx, visit: visit, holes: stillHoles{img: img, still: still}}
 	h, err := img.header()
 	if err != nil {
 		return err
@@ -68,6 +69,7 @@ type walker struct {
 	visit      func(layers.HostRange) error
 	snapshot   string
 	inSnapshot bool
+	holes      stillHoles
 	buf        [maxPageBytes]byte
 }
 
@@ -96,18 +98,19 @@ func (w *walker) words(off, n int64, field string, do func(i, at int64, word uin
 		if err := w.ctx.Err(); err != nil {
 			return err
 		}
+		// A long table may be a hole, and there may be many of these.
+		if n-pos >= int64(len(w.buf)) && w.holes.in(off+pos, int64(len(w.buf))) {
+			pos += (min(w.holes.end(off+pos), off+n) - off - pos) &^ 7
+			continue
+		}
 		b := w.buf[:min(n-pos, int64(len(w.buf)))]
 		if err := w.img.readRegion(b, off+pos, off+n, field); err != nil {
 			return err
 		}
 		// do may come back here and use the same buffer.
 		p := decodeTablePage(b)
-		if next := pos + int64(len(b)); !p.used.Load() {
-			// A long table may be a hole, and there may be many of these.
-			if w.img.ed == nil && next < n {
-				next += (w.img.dataBehind(off+next, off+n) - off - next) &^ 7
-			}
-			pos = next
+		if !p.used.Load() {
+			pos += int64(len(b))
 			continue
 		}
 		for i := range p.w {
@@ -129,13 +132,14 @@ func (w *walker) refcountTable(off, n int64) error {
 		return err
 	}
 	img := w.img
+	end := img.refreshEnd(img.f)
 	return w.words(off, n, "refcount table", func(_, at int64, entry uint64) error {
 		switch {
 		case entry&0x1ff != 0:
 			return img.corrupt(at, "refcount table entry", entry, "reserved bits are set")
 		case entry&uint64(img.clusterSize-1) != 0:
 			return img.corrupt(at, "refcount table entry", entry, "the refcount block is not on a cluster boundary")
-		case !inFile(entry, uint64(img.clusterSize)) || int64(entry) >= img.refreshEnd(img.f):
+		case !inFile(entry, uint64(img.clusterSize)) || int64(entry) >= end && int64(entry) >= img.refreshEnd(img.f):
 			return img.corrupt(at, "refcount table entry", entry, "the refcount block lies behind the end of the file")
 		}
 		return w.clusters(int64(entry), img.clusterSize, layers.RoleRefcountBlock)
@@ -163,6 +167,9 @@ func (w *walker) mapping(off, entries int64) error {
 		}
 		if err := w.clusters(table, img.clusterSize, role); err != nil {
 			return err
+		}
+		if w.holes.in(table, img.clusterSize) {
+			return nil
 		}
 		return img.eachL2(w.ctx, table, i*img.l2Span, func(guest int64, e *l2Entry) error { return w.entry(guest, e) })
 	}
