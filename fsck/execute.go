@@ -235,8 +235,7 @@ func (p *Plan) saveUndo(ctx context.Context, o ExecuteOptions) (err error) {
 			return err
 		}
 		if r.hole = data >= off+n; r.hole {
-			// Before the cost of reading.
-			clear(r.data)
+			clear(r.data) // which costs less than reading it
 		} else if err := p.readOld(r.data, off); err != nil {
 			return err
 		}

@@ -278,7 +278,7 @@ func (p *Plan) Quarantine(l Lost) error {
 	defer p.mu.Unlock()
 	switch {
 	case p.lostOnce[l]:
-	case len(p.lost) >= maxLostFiles || p.lostBytes > 0 && l.Len > maxLostTimes*p.old-p.lostBytes:
+	case len(p.lost) >= maxLostFiles || p.lostBytes > 0 && l.Len > min(p.old, math.MaxInt64/maxLostTimes)*maxLostTimes-p.lostBytes:
 		p.lostRest.Add(l.Host, l.Len)
 	default:
 		if p.lostOnce == nil {

@@ -14,8 +14,8 @@ import (
 
 // A qcow2 image names its parent in its first cluster (QEMU docs/interop/
 // qcow2.txt, Header and Header extensions): the name at backing_file_offset,
-// the format as an extension. link.go reads the two tolerantly and plans to
-// change them, and nothing else, so that whatever else is in the header stays.
+// the format as an extension. Here the two are read tolerantly and changed, and
+// nothing else, so that whatever else is in the header stays.
 const (
 	linkMagic      = 0x514649fb
 	linkExtFormat  = 0xe2792aca
@@ -72,7 +72,9 @@ func readLink(r io.ReaderAt) (*link, error) {
 	if n, err = r.ReadAt(l.head, 0); err != nil && !errors.Is(err, io.EOF) {
 		return nil, err
 	}
-	l.head = l.head[:n]
+	if l.head = l.head[:n]; n < len(b) {
+		return nil, errLink // it has become shorter meanwhile
+	}
 	off, size := be.Uint64(l.head[linkOffName:]), be.Uint32(l.head[linkOffName+8:])
 	end := len(l.head)
 	if off != 0 {

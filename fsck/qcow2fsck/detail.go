@@ -323,8 +323,8 @@ const (
 	shares       // names the copy of another entry of its guest cluster
 )
 
-// fates settles that. excess of the entries are emptied only because there are
-// too many.
+// fates settles what becomes of each entry. excess of them are emptied only
+// because there are too many.
 func (c *check) fates(cluster int64, plain []owner, keep int, crowded bool, free func(*owner) bool) (fates []fate, excess int) {
 	fates = make([]fate, len(plain))
 	served := map[int64]bool{} // guest clusters

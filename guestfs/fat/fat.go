@@ -6,10 +6,9 @@
 // table can say against itself is checked: all copies are equal, no entry
 // names a free cluster, one outside the filesystem, or one that another entry
 // names already; and directories, which are all read, must agree with it. The
-// kind follows from the number of clusters for Windows and
-// from fields of the boot sector for Linux; where the two disagree nothing is
-// judged. The count of free clusters (FSInfo) is only a hint for drivers and
-// is not looked at.
+// kind follows from the number of clusters for Windows and from fields of the
+// boot sector for Linux; where the two disagree nothing is judged. The count of
+// free clusters (FSInfo) is only a hint for drivers and is not looked at.
 //
 // exFAT (exfat.go) has a bitmap for that purpose, and its table only knows the
 // files that are in pieces.
