@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 
+	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/fsck"
 	"github.com/imagestack/imagestack/layers/qcow2"
 )
@@ -363,18 +364,19 @@ func (c *check) wrongCount(k int64, r *countRun) bool {
 // keepContent quarantines a range unless it is all zeros.
 func (c *check) keepContent(off, n int64) {
 	end := min(off+n, c.size)
-	b := make([]byte, 1<<20)
+	if off >= end {
+		return
+	}
+	b := make([]byte, min(1<<20, end-off))
 	for at := off; ; at += int64(len(b)) {
 		if at = max(at, c.dataAt(at)); at >= end || c.failed() != nil {
 			return // holes, or Ctrl-C
 		}
 		part := b[:min(int64(len(b)), end-at)]
 		c.read(part, at)
-		for _, v := range part {
-			if v != 0 {
-				c.keep(-1, off, end-off)
-				return
-			}
+		if !backend.IsZero(part) {
+			c.keep(-1, off, end-off)
+			return
 		}
 	}
 }

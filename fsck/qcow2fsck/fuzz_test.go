@@ -97,6 +97,7 @@ func FuzzRepair(f *testing.F) {
 		f.Add(byte(i), byte(0), []byte{0, 0, 20, 1, 0x80, 16, 3, 255})
 		f.Add(byte(i), byte(1), []byte{0x80, byte(3 * i), byte(i), 7, 2, 0, 60, 255, 1, 0, 1, 0x80})
 	}
+	f.Add(byte('_'), byte('\f'), []byte("80&0")) // a thousand leaks, each of which had a buffer of 1 MiB
 	f.Fuzz(func(t *testing.T, seed, flags byte, script []byte) {
 		if len(script) > 40 {
 			return
