@@ -25,9 +25,11 @@ var (
 	agedSeed = flag.Uint64("aged.seed", 0, "the first seed of TestAged with -aged.time, or the only one without")
 )
 
-// agedFloor is how many clusters have a place at the least, of the guests of the
-// seeds that are known: 9 to 33 had when this was written. These are hard ones.
-const agedFloor = 5
+// agedFloor is how many clusters have a place at the least, of all guests of the
+// seeds that are known: 160 to 190 had when this was written, some 110 when a
+// guest in use was copied at a moment at which the ends of its files prove
+// nothing. These are hard ones.
+const agedFloor = 60
 
 // TestAged makes guests that have lived, each from a seed, puts them into ploop
 // images whose clusters lie in any order, loses the BAT, and holds each place
@@ -40,8 +42,12 @@ func TestAged(t *testing.T) {
 		if *agedSeed != 0 {
 			seeds = []uint64{*agedSeed}
 		}
+		placed := int64(0)
 		for _, s := range seeds {
-			t.Run(fmt.Sprint(s), func(t *testing.T) { aged(t, s) })
+			t.Run(fmt.Sprint(s), func(t *testing.T) { placed += aged(t, s) })
+		}
+		if *agedSeed == 0 && placed < agedFloor {
+			t.Errorf("only %d clusters have a place", placed)
 		}
 		return
 	}
@@ -50,7 +56,8 @@ func TestAged(t *testing.T) {
 	}
 }
 
-func aged(t *testing.T, seed uint64) {
+// aged returns how many clusters have a place.
+func aged(t *testing.T, seed uint64) (sum int64) {
 	rng := rand.New(rand.NewPCG(seed, 77))
 	disk, what := agedDisk(t, rng)
 	b, err := os.ReadFile(disk)
@@ -87,11 +94,10 @@ func aged(t *testing.T, seed uint64) {
 			imgtest.Run(t, "cp", "--sparse=always", disk, filepath.Join(*agedKeep, fmt.Sprint("disk", seed)))
 			imgtest.Run(t, "cp", "--sparse=always", img, filepath.Join(*agedKeep, fmt.Sprint("image", seed, "-", cluster)))
 		}
-		if known := *agedTime == 0 && *agedSeed == 0; known && placed < agedFloor {
-			t.Errorf("seed %d (%s), clusters of %d: only %d of %d have a place", seed, what, cluster, placed, r.Pieces)
-		}
+		sum += placed
 		t.Logf("%s, clusters of %d: %d of %d placed, %d wrong: %v", what, cluster, placed, r.Pieces, wrong, r.Placed)
 	}
+	return sum
 }
 
 // agedDisk makes a filesystem and lets it live.
