@@ -209,7 +209,7 @@ func TestReadOnlyRules(t *testing.T) {
 		want error
 	}{
 		"corrupt bit": {func(m *backend.Mem) error { return putHeader64(m, offIncompatible, incompatCorrupt) }, layers.ErrCorrupt},
-		"encryption":  {func(m *backend.Mem) error { return putHeader32(m, offCryptMethod, 2) }, layers.ErrUnsupported},
+		"encryption":  {func(m *backend.Mem) error { return poke(m, []byte{0, 0, 0, 2}, offCryptMethod) }, layers.ErrUnsupported},
 		"unknown bit": {func(m *backend.Mem) error { return putHeader64(m, offIncompatible, 1<<33) }, layers.ErrUnsupported},
 	} {
 		m := backend.NewMem("image")

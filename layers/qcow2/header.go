@@ -278,40 +278,17 @@ func (h *Header) marshal() ([]byte, error) {
 	return b, nil
 }
 
-// putHeader32 and putHeader64 write one field of the header in place. They do
-// not sync.
-func putHeader32(f backend.File, off int64, v uint32) error {
-	_, err := f.WriteAt(binary.BigEndian.AppendUint32(nil, v), off)
-	return err
-}
-
+// putHeader64 writes one field of the header in place. It does not sync.
 func putHeader64(f backend.File, off int64, v uint64) error {
 	_, err := f.WriteAt(binary.BigEndian.AppendUint64(nil, v), off)
 	return err
 }
 
-// putTableRef writes two neighbouring header fields, an offset and the 32-bit
-// count behind it, in one write: the refcount table's offset and its number
-// of clusters (at offRefcountTableOffset).
-func putTableRef(f backend.File, off int64, table uint64, count uint32) error {
+// putTableRef writes the offset of the refcount table and the number of its
+// clusters, which stand side by side, in one write. It does not sync.
+func putTableRef(f backend.File, table uint64, clusters uint32) error {
 	b := binary.BigEndian.AppendUint64(nil, table)
-	_, err := f.WriteAt(binary.BigEndian.AppendUint32(b, count), off)
-	return err
-}
-
-// putL1Ref writes the number of entries and the offset of the active L1 table
-// in one write.
-func putL1Ref(f backend.File, entries uint32, table uint64) error {
-	b := binary.BigEndian.AppendUint32(nil, entries)
-	_, err := f.WriteAt(binary.BigEndian.AppendUint64(b, table), offL1Size)
-	return err
-}
-
-// putSnapshotsRef writes the number and the offset of the snapshot table in
-// one write.
-func putSnapshotsRef(f backend.File, n uint32, table uint64) error {
-	b := binary.BigEndian.AppendUint32(nil, n)
-	_, err := f.WriteAt(binary.BigEndian.AppendUint64(b, table), offNbSnapshots)
+	_, err := f.WriteAt(binary.BigEndian.AppendUint32(b, clusters), offRefcountTableOffset)
 	return err
 }
 

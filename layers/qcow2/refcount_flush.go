@@ -106,7 +106,7 @@ func (s *tableSnapshot) bytes() []byte {
 func (r *refcounts) writeTable(s *tableSnapshot) error {
 	if s.moved {
 		clusters := uint32(int64(s.entries) * 8 >> r.img.clusterBits)
-		return putTableRef(r.img.f, offRefcountTableOffset, uint64(s.off), clusters)
+		return putTableRef(r.img.f, uint64(s.off), clusters)
 	}
 	for _, i := range slices.Sorted(maps.Keys(s.sectors)) {
 		if _, err := r.img.f.WriteAt(s.sectors[i], s.off+i*512); err != nil {

@@ -164,7 +164,7 @@ func (m *mover) shortenRefcountTable() error {
 	if n == int64(len(r.table)) || n == 0 {
 		return nil
 	}
-	if err := putTableRef(m.img.f, offRefcountTableOffset, uint64(r.tableOff), uint32(n/perCluster)); err != nil {
+	if err := putTableRef(m.img.f, uint64(r.tableOff), uint32(n/perCluster)); err != nil {
 		return err
 	}
 	if err := m.ed.syncFile(m.img.f); err != nil {
