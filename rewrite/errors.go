@@ -9,4 +9,7 @@ var (
 	ErrPending = errors.New("an earlier run was interrupted")
 	// ErrNotPending says that there is no interrupted run to resume or abandon.
 	ErrNotPending = errors.New("there is no interrupted run")
+	// ErrNotRecord says that a file of somebody else has the name of the record.
+	// It is never removed.
+	ErrNotRecord = errors.New("not a record of image-compact, which needs that name: rename it")
 )

@@ -1,6 +1,7 @@
 package rewrite
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -44,7 +45,8 @@ func (r *record) restore(o *Options) {
 
 // recordStore is where the record is kept.
 type recordStore interface {
-	// load returns fs.ErrNotExist when there is none.
+	// load returns fs.ErrNotExist when there is none, and ErrNotRecord when
+	// something else is in its place.
 	load() (record, error)
 	// save makes a record durable that is whole or not there.
 	save(record) error
@@ -68,14 +70,21 @@ func (p fileRecord) load() (record, error) {
 		return r, err
 	}
 	if !st.Mode().IsRegular() || st.Size() > maxRecord {
-		return r, fmt.Errorf("%s: not a record of image-compact", p)
+		return r, fmt.Errorf("%s: %w", p, ErrNotRecord)
 	}
 	b := make([]byte, st.Size())
 	if _, err := f.ReadAt(b, 0); err != nil {
 		return r, err
 	}
+	// A record that a failure of the host has damaged is empty or zeros.
+	if rest := bytes.TrimLeft(b, "\x00"); len(rest) > 0 && rest[0] != '{' {
+		return r, fmt.Errorf("%s: %w", p, ErrNotRecord)
+	}
 	if err := json.Unmarshal(b, &r); err != nil {
 		return r, fmt.Errorf("%s: not a record of image-compact: %w", p, err)
+	}
+	if r.Version == 0 {
+		return r, fmt.Errorf("%s: %w", p, ErrNotRecord)
 	}
 	if r.Version != 1 {
 		return r, fmt.Errorf("%s: a record of version %d, written by a newer program", p, r.Version)

@@ -127,13 +127,16 @@ func TestStrangeRecord(t *testing.T) {
 	for _, c := range []struct {
 		name string
 		make func() error
-		want string
+		want string // what is not a record is never removed
 	}{
 		{"pipe", func() error { return unix.Mkfifo(record, 0o600) }, "not a record"},
 		{"dangling link", func() error { return os.Symlink("nowhere", record) }, "no interrupted run"},
 		{"directory", func() error { return os.Mkdir(record, 0o700) }, "not a record"},
-		{"empty", text(""), "not a record"},
-		{"no record", text("hello"), "not a record"},
+		{"empty", text(""), "--abandon removes it"},
+		{"zeros", text("\x00\x00"), "--abandon removes it"},
+		{"torn", text(`{"version":1,"ima`), "--abandon removes it"},
+		{"text", text("hello"), "not a record"},
+		{"other JSON", text(`{"name":"a"}`), "not a record"},
 		{"large", text(strings.Repeat(" ", 1<<20)), "not a record"},
 		{"other version", text(`{"version":7,"image":"a","layer":0}`), "version 7"},
 		{"other image", text(`{"version":1,"image":"b","layer":0,"guest":true}`), "of b"},
@@ -146,11 +149,17 @@ func TestStrangeRecord(t *testing.T) {
 			t.Errorf("%s: resume: %v", c.name, err)
 		}
 		if c.name != "dangling link" {
-			if _, err := rewrite.Compact(ctx, image, rewrite.Options{}); !errors.Is(err, rewrite.ErrPending) {
+			foreign := c.want == "not a record"
+			r, err := rewrite.Estimate(ctx, image, rewrite.Options{})
+			if err != nil || len(r.Notes) != 1 || strings.Contains(r.Notes[0], c.want) != foreign {
+				t.Errorf("%s: estimate: %+v, %v", c.name, r, err)
+			}
+			_, err = rewrite.Compact(ctx, image, rewrite.Options{})
+			if errors.Is(err, rewrite.ErrPending) == foreign || errors.Is(err, rewrite.ErrNotRecord) != foreign {
 				t.Errorf("%s: compact: %v", c.name, err)
 			}
-			_, err := rewrite.Abandon(ctx, image, rewrite.Options{})
-			if _, left := os.Lstat(record); (err == nil) != (left != nil) || (err != nil) != (c.name == "directory") {
+			_, err = rewrite.Abandon(ctx, image, rewrite.Options{})
+			if _, left := os.Lstat(record); (err != nil) != foreign || (left == nil) != foreign {
 				t.Errorf("%s: abandon: %v, %v", c.name, err, left)
 			}
 		}
@@ -208,6 +217,23 @@ func TestRunningIsInUse(t *testing.T) {
 		}
 		if _, err := rewrite.Resume(t.Context(), image, rewrite.Options{}); !errors.Is(err, layers.ErrInUse) {
 			t.Errorf("%v", err)
+		}
+	}})
+	if err != nil || met == 0 {
+		t.Errorf("%v, %d", err, met)
+	}
+	// Also on a lower layer.
+	dir := t.TempDir()
+	base, top := filepath.Join(dir, "base"), filepath.Join(dir, "top")
+	small(t, base)
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, top)
+	met = 0
+	_, err = rewrite.Compact(t.Context(), top, rewrite.Options{Layer: 1, Progress: func(rewrite.Progress) {
+		met++
+		for layer := range 2 {
+			if _, err := rewrite.Compact(t.Context(), top, rewrite.Options{Layer: layer}); !errors.Is(err, layers.ErrInUse) {
+				t.Errorf("layer %d: %v", layer, err)
+			}
 		}
 	}})
 	if err != nil || met == 0 {

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"golang.org/x/sys/unix"
 
@@ -61,11 +60,8 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 		}
 		return nil, fmt.Errorf("%s: layer %d: the stack has %d layers: %w", path, o.Layer, len(trace.Images), layers.ErrUnsupported)
 	}
-	notes, err := checkBase(ctx, trace, o)
+	notes, err := checkChildren(ctx, trace, o)
 	if err != nil {
-		return nil, err
-	}
-	if err := checkBundle(trace, o.Layer); err != nil {
 		return nil, err
 	}
 	at := trace.Images[o.Layer]
@@ -80,7 +76,7 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 		return nil, err
 	}
 	if err := t.readRecord(o, m); err != nil {
-		if busy := t.stillRunning(ctx, path, o, err); busy != nil {
+		if busy := t.stillRunning(ctx, path, o, at, err); busy != nil {
 			return nil, busy
 		}
 		return nil, err
@@ -91,7 +87,7 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 		if above, err = marksOf(trace.Images[:o.Layer]); err != nil {
 			return nil, err
 		}
-		if o.Guest {
+		if o.Guest && m != abandoning {
 			if err := t.freeAbove(ctx, path, o, trace.Images[:o.Layer]); err != nil {
 				return nil, err
 			}
@@ -235,97 +231,6 @@ func alone(o open.Options, path string, layer open.Traced) (string, open.Options
 	return layer.Path, o
 }
 
-// checkBase refuses a layer on which images stand other than the one above it.
-// Notes are about images that may be such.
-func checkBase(ctx context.Context, trace *open.Trace, o *Options) (notes []string, err error) {
-	layer := o.Layer
-	kin, err := open.LookForChildren(ctx, trace.Images[layer].Path, o.ChildDirs...)
-	if err != nil {
-		return nil, err
-	}
-	children := slices.DeleteFunc(kin.Children, func(c string) bool {
-		return layer > 0 && sameFile(c, trace.Images[layer-1].Path)
-	})
-	if len(children) > 0 {
-		return nil, fmt.Errorf("%s: %w: %s", trace.Images[layer].Path, ErrBase, someOf(children))
-	}
-	if len(kin.Unclear) > 0 {
-		notes = append(notes, "what these images stand on is not known, their headers are damaged: "+someOf(kin.Unclear))
-	}
-	return notes, nil
-}
-
-// someOf are the first of many paths.
-func someOf(paths []string) string {
-	const most = 3
-	list := strings.Join(paths[:min(len(paths), most)], ", ")
-	if len(paths) > most {
-		list += ", …"
-	}
-	return list
-}
-
-// checkBundle refuses an image of a ploop bundle on which others stand than the
-// one above it, and one that was opened as if it stood alone: what lies below
-// it would then be taken for zeros.
-func checkBundle(trace *open.Trace, layer int) error {
-	at := trace.Images[layer]
-	if at.Format == "qcow2" {
-		return nil
-	}
-	members, err := membersOf(at)
-	if err != nil {
-		return err
-	}
-	for _, m := range members {
-		children := slices.DeleteFunc(m.Children, func(c string) bool {
-			return layer > 0 && sameFile(c, trace.Images[layer-1].Path)
-		})
-		switch {
-		case len(children) > 0:
-			return fmt.Errorf("%s: %w: %s", at.Path, ErrBase, someOf(children))
-		case m.Images > 1 && !slices.ContainsFunc(trace.Descriptors, func(d string) bool { return sameFile(d, m.Descriptor) }):
-			return fmt.Errorf("%s: %w: it is an image of the bundle %s; name that, without --format", at.Path, layers.ErrUnsupported, m.Descriptor)
-		}
-	}
-	return nil
-}
-
-// membersOf is what an image is in the bundles that are known to name it.
-func membersOf(image open.Traced) ([]*open.Member, error) {
-	homes, err := open.Homes(image.Path)
-	if err != nil {
-		return nil, err
-	}
-	var members []*open.Member
-	for _, dir := range homes {
-		// In the other directory it may have another name.
-		name := image.Path
-		if dir != homes[0] {
-			if name, err = filepath.EvalSymlinks(image.Path); err != nil {
-				return nil, err
-			}
-		}
-		m, err := open.MemberOf(name)
-		if err != nil {
-			return nil, err
-		}
-		if m != nil {
-			members = append(members, m)
-		}
-	}
-	if image.Descriptor != "" { // which may lie elsewhere
-		m, err := open.MemberIn(image.Descriptor, image.Path)
-		if err != nil {
-			return nil, err
-		}
-		if m != nil {
-			members = append(members, m)
-		}
-	}
-	return members, nil
-}
-
 // onDevice sees to images on block devices, beside which no record can lie and
 // which have no end to cut off: a raw one can give space back nevertheless, and
 // needs no record.
@@ -357,6 +262,11 @@ func (t *target) readRecord(o *Options, m mode) error {
 			return fmt.Errorf("%s: %w", t.path, ErrNotPending)
 		}
 		return nil
+	case errors.Is(err, ErrNotRecord) && m == estimating:
+		t.notes = append(t.notes, err.Error())
+		return nil
+	case errors.Is(err, ErrNotRecord):
+		return err
 	case m == compacting:
 		return fmt.Errorf("%s: %w: image-compact --resume continues it, --abandon gives it up", t.path, ErrPending)
 	case m == resuming && err != nil:
@@ -375,11 +285,14 @@ func (t *target) readRecord(o *Options, m mode) error {
 // but under way, nil otherwise. It opens for reading: a run that is under way
 // shuts out readers, too, and a ploop image that was not closed would be taken
 // over by who opens it for writing.
-func (t *target) stillRunning(ctx context.Context, path string, o *Options, err error) error {
-	if !errors.Is(err, ErrPending) || o.Layer > 0 {
+func (t *target) stillRunning(ctx context.Context, path string, o *Options, at open.Traced, err error) error {
+	if !errors.Is(err, ErrPending) {
 		return nil
 	}
 	oo := o.Open
+	if o.Layer > 0 {
+		path, oo = alone(o.Open, path, at)
+	}
 	oo.Writable, oo.Scratch = false, false
 	s, err := open.Open(ctx, path, oo)
 	if err == nil {

@@ -59,7 +59,7 @@ func (r *run) copyTo(ctx context.Context) (_ *rewrite.Report, err error) {
 		if errors.Is(abandoned, rewrite.ErrNotPending) {
 			abandoned = nil
 		}
-		if abandoned != nil {
+		if abandoned != nil && !errors.Is(abandoned, rewrite.ErrNotRecord) {
 			// The record of what was under way is of no use without the copy.
 			if rerr := remove(part + recordSuffix); !errors.Is(rerr, os.ErrNotExist) {
 				abandoned = errors.Join(abandoned, rerr)

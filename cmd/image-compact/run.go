@@ -205,6 +205,8 @@ func (r *run) explain(ctx context.Context, err error, pending bool) error {
 		return cli.WithHint(err, "go on with: image-compact --resume %s, or give it up: image-compact --abandon %s", image, image)
 	case errors.Is(err, rewrite.ErrNotPending):
 		return cli.WithHint(err, "begin with: image-compact %s%s", r.what(), image)
+	case errors.Is(err, rewrite.ErrBase) && r.Layer > 0:
+		return cli.WithHint(err, "a lower layer is worked on while no images stand on it but those of one stack: name the top image of that and its --layer, or compact the images that stand on it, each by itself")
 	case errors.Is(err, rewrite.ErrBase):
 		return cli.WithHint(err, "compact the images that stand on it, each by itself; a copy can be made with --to")
 	case errors.Is(err, layers.ErrCorrupt) && errors.As(err, &at) && at.Field == "leaks":

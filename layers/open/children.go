@@ -35,19 +35,33 @@ type Kin struct {
 
 // LookForChildren is Children that also tells of which images it is not known.
 func LookForChildren(ctx context.Context, path string, dirs ...string) (Kin, error) {
-	var all Kin
-	st, err := os.Stat(path)
+	all, err := LookForAllChildren(ctx, []string{path}, dirs...)
 	if err != nil {
-		return all, err
+		return Kin{}, err
 	}
-	own, err := Homes(path)
-	if err != nil {
-		return all, err
+	return all[0], nil
+}
+
+// LookForAllChildren is LookForChildren for each of several images, in the
+// directories of all of them.
+func LookForAllChildren(ctx context.Context, paths []string, dirs ...string) ([]Kin, error) {
+	all := make([]Kin, len(paths))
+	bases := make([]os.FileInfo, len(paths))
+	var own []string
+	for i, path := range paths {
+		st, err := os.Stat(path)
+		if err != nil {
+			return nil, err
+		}
+		homes, err := Homes(path)
+		if err != nil {
+			return nil, err
+		}
+		if bases[i] = st; st.Mode().IsRegular() { // a device has no siblings
+			own = append(own, homes...)
+		}
 	}
-	if !st.Mode().IsRegular() {
-		own = nil // a device has no siblings
-	}
-	places := append(own, dirs...)
+	places := append(slices.Clone(own), dirs...)
 	var permitted []string
 	for _, dir := range places {
 		if real, err := realPath(dir); err == nil {
@@ -58,17 +72,19 @@ func LookForChildren(ctx context.Context, path string, dirs ...string) (Kin, err
 	for i, dir := range places {
 		real, err := realPath(dir)
 		if err != nil {
-			return all, err
+			return nil, err
 		}
 		if slices.Contains(seen, real) {
 			continue
 		}
 		seen = append(seen, real)
-		found, err := kinIn(ctx, dir, st, permitted)
+		found, err := kinIn(ctx, dir, bases, permitted)
 		if err != nil && (i >= len(own) || ctx.Err() != nil) {
-			return Kin{}, err
+			return nil, err
 		}
-		all.Children, all.Unclear = append(all.Children, found.Children...), append(all.Unclear, found.Unclear...)
+		for k, kin := range found {
+			all[k].Children, all[k].Unclear = append(all[k].Children, kin.Children...), append(all[k].Unclear, kin.Unclear...)
+		}
 	}
 	return all, nil
 }
@@ -98,56 +114,63 @@ func leadsInto(link string, dirs []string) bool {
 	return err == nil && slices.Contains(dirs, filepath.Dir(real))
 }
 
-// kinIn are those in one directory; permitted are all that are looked at.
-func kinIn(ctx context.Context, dir string, base os.FileInfo, permitted []string) (Kin, error) {
-	var k Kin
+// kinIn are those in one directory, for each of the bases; permitted are all
+// directories that are looked at.
+func kinIn(ctx context.Context, dir string, bases []os.FileInfo, permitted []string) ([]Kin, error) {
+	all := make([]Kin, len(bases))
 	d, err := os.Open(dir)
 	if err != nil {
-		return k, err
+		return all, err
 	}
 	defer d.Close()
 	for {
 		list, err := d.ReadDir(1024)
 		if errors.Is(err, io.EOF) {
-			return k, nil
+			return all, nil
 		}
 		if err != nil {
-			return k, err
+			return all, err
 		}
 		for _, e := range list {
 			if err := ctx.Err(); err != nil {
-				return k, err
+				return all, err
 			}
 			child := filepath.Join(dir, e.Name())
 			if e.Type()&os.ModeSymlink != 0 && !leadsInto(child, permitted) {
 				continue
 			}
 			st, err := os.Stat(child) // what a link leads to, too
-			if err != nil || !st.Mode().IsRegular() || os.SameFile(st, base) {
+			if err != nil || !st.Mode().IsRegular() || len(bases) == 1 && os.SameFile(st, bases[0]) {
 				continue
 			}
-			switch name, known := backingName(child); {
-			case !known:
-				k.Unclear = append(k.Unclear, child)
-			case standsOn(dir, name, base):
-				k.Children = append(k.Children, child)
+			name, known := backingName(child)
+			parents := standsOn(dir, name)
+			for i, base := range bases {
+				switch {
+				case os.SameFile(st, base):
+				case !known:
+					all[i].Unclear = append(all[i].Unclear, child)
+				case slices.ContainsFunc(parents, func(p os.FileInfo) bool { return os.SameFile(p, base) }):
+					all[i].Children = append(all[i].Children, child)
+				}
 			}
 		}
 	}
 }
 
-// standsOn reports whether a backing file name in an image in dir leads to
-// base.
-func standsOn(dir, name string, base os.FileInfo) bool {
+// standsOn are the files to which a backing file name in an image in dir may
+// lead.
+func standsOn(dir, name string) []os.FileInfo {
+	var files []os.FileInfo
 	for _, name := range fileNames(name) {
 		if !filepath.IsAbs(name) {
 			name = filepath.Join(dir, name)
 		}
-		if st, err := os.Stat(name); err == nil && os.SameFile(st, base) {
-			return true
+		if st, err := os.Stat(name); err == nil {
+			files = append(files, st)
 		}
 	}
-	return false
+	return files
 }
 
 // fileNames are the files that a backing file name may mean to QEMU: itself,
