@@ -4,7 +4,6 @@ import "github.com/imagestack/imagestack/fsck"
 
 // Texts that many codes share.
 const (
-	byFull     = "-y does it."
 	byPreen    = "-p does it; nothing is lost."
 	losesRange = "-y makes the guest range read as zeros and names it as lost; content that is still there goes to lost+found."
 )

@@ -144,15 +144,6 @@ func Qcow2Image(t testing.TB, dir, shape string) string {
 	return filepath.Join(dir, "image")
 }
 
-// Qcow2Shapes are the names that Qcow2Image knows.
-func Qcow2Shapes() []string {
-	var all []string
-	for name := range qcow2Shapes {
-		all = append(all, name)
-	}
-	return all
-}
-
 func write(t testing.TB, path string, b []byte) {
 	t.Helper()
 	if err := os.WriteFile(path, b, 0o600); err != nil {
