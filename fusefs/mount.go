@@ -60,6 +60,9 @@ func Mount(dir string, fs *FS, o MountOptions) (*Server, error) {
 	}
 	conn, err := Attach(dir, !fs.writable, o)
 	if err != nil {
+		if o.Rings != nil {
+			err = errors.Join(err, o.Rings.Close())
+		}
 		return nil, err
 	}
 	s, err := Serve(conn, fs, o)
