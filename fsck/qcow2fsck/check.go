@@ -319,7 +319,7 @@ func (c *check) run() error {
 
 // begin starts a window with the metadata that is in it.
 func (c *check) begin(lo int64) error {
-	c.cells = newCells(lo, c.clusters, c.budget/2)
+	c.cells = newCells(lo, c.clusters, c.cellBytes())
 	c.cursor = lo
 	c.cells.add(0, 1, 1, fMeta)
 	c.claims.all(func(r claim) { c.cells.add(r.first, r.n, 1, fMeta) })

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"math"
+	"math/bits"
 	"slices"
 
 	"github.com/imagestack/imagestack/blockmap"
@@ -86,19 +87,45 @@ func (t *tableList) drop(bad []tableRec) {
 	if len(bad) == 0 {
 		return
 	}
-	whole := make([]tableRec, 0, len(t.whole))
-	for i := range t.whole {
-		r := &t.whole[i]
-		first := len(whole) // of this run
+	var parts []tableRec // of runs that have bad tables
+	t.whole = slices.DeleteFunc(t.whole, func(r tableRec) bool {
+		hit := false
+		for k := int64(0); k < r.n() && !hit; k++ {
+			hit = t.bad[r.cluster+k]
+		}
+		if !hit {
+			return false
+		}
+		first := len(parts)
 		for k := range r.n() {
 			one := r.table(k)
-			if t.bad[one.cluster] || len(whole) > first && whole[len(whole)-1].extend(&one) {
-				continue
+			if !t.bad[one.cluster] && (len(parts) == first || !parts[len(parts)-1].extend(&one)) {
+				parts = append(parts, one)
 			}
-			whole = append(whole, one)
 		}
+		return true
+	})
+	if len(parts) > 0 {
+		t.whole = append(t.whole, parts...)
+		sortRecs(t.whole)
 	}
-	t.whole = whole
+}
+
+// listBytes is the memory for the records of tables: as many as there can be L1
+// entries, if the user leaves the default. So that nothing else has to go
+// through such a table again and again.
+func (c *check) listBytes() int64 { return c.budget / 8 * 3 }
+
+// cellBytes is the memory for cells: half of it all, less what the list takes
+// that the cells share most of it with.
+func (c *check) cellBytes() int64 {
+	list := c.listBytes()
+	if c.tables == nil {
+		list = 0 // not listed yet
+	} else if c.tables.known {
+		list = int64(cap(c.tables.whole)) * recBytes
+	}
+	return min(c.budget/2, c.budget/16*11-list)
 }
 
 // eachBatch calls do for all L2 tables, by ascending cluster, as many at a
@@ -112,11 +139,16 @@ func (c *check) eachBatch(report bool, do func(list []tableRec, whole bool) erro
 	if c.tables.known {
 		return do(c.tables.whole, true)
 	}
-	limit := int(max(c.budget/4/recBytes, 1024))
-	aloud := report // the first round judges all entries
+	limit := int(max(c.listBytes()/recBytes, 1024))
+	entries := int64(0)
+	for _, t := range c.l1s {
+		entries += t.entries
+	}
+	room := make([]tableRec, 0, min(entries, int64(limit))) // memory that is not used is none
+	aloud := report                                         // the first round judges all entries
 	for lo := int64(0); ; aloud = false {
 		hi := int64(1<<63 - 1)
-		var list []tableRec
+		list := room[:0]
 		crowds := map[int64]*crowd{}
 		next := min(limit, 1<<16) // records at which they are merged
 		for _, t := range c.l1s {
@@ -131,12 +163,12 @@ func (c *check) eachBatch(report bool, do func(list []tableRec, whole bool) erro
 				if n := len(list); n > 0 && list[n-1].extend(&rec) {
 					return
 				}
-				list = append(list, rec)
 				if len(list) < next {
+					list = append(list, rec)
 					return
 				}
-				list, hi = merge(list, crowds, limit/2, hi)
-				if len(list) > limit/2 {
+				list, hi = merge(list, crowds, limit/4, hi)
+				if len(list) > limit/4*3 {
 					hi = list[len(list)/2].cluster
 					k, _ := slices.BinarySearchFunc(list, hi, func(r tableRec, at int64) int { return cmp.Compare(r.cluster, at) })
 					list = list[:k]
@@ -146,15 +178,22 @@ func (c *check) eachBatch(report bool, do func(list []tableRec, whole bool) erro
 						delete(crowds, at)
 					}
 				}
-				next = min(limit, 2*len(list)+1<<16)
+				next = min(limit, 4*len(list)+1<<16)
+				if rec.cluster < hi {
+					list = append(list, rec)
+				}
 			}); err != nil {
 				return err
 			}
 		}
-		list, hi = merge(list, crowds, limit/2, hi)
+		list, hi = merge(list, crowds, limit/4, hi)
 		list = c.settle(list, crowds, report)
 		whole := lo == 0 && hi == 1<<63-1
 		if whole {
+			if len(list) < cap(list)/2 {
+				list = slices.Clone(list)
+			}
+			room = nil
 			c.tables.whole, c.tables.known = list, true
 		}
 		if err := do(list, whole); err != nil {
@@ -215,12 +254,57 @@ func merge(list []tableRec, crowds map[int64]*crowd, most int, hi int64) ([]tabl
 }
 
 func byPlace(a, b tableRec) int {
-	return cmp.Or(cmp.Compare(a.cluster, b.cluster), cmp.Compare(a.idx, b.idx), cmp.Compare(a.owner, b.owner))
+	if a.cluster != b.cluster { // nearly always, and there are millions
+		if a.cluster < b.cluster {
+			return -1
+		}
+		return 1
+	}
+	return cmp.Or(cmp.Compare(a.idx, b.idx), cmp.Compare(a.owner, b.owner))
+}
+
+// sortRecs sorts by place. Of millions of tables in no order at all it makes
+// heaps first that fit into the caches of a processor.
+func sortRecs(list []tableRec) {
+	const heaps = 1 << 12
+	if len(list) < 16*heaps || slices.IsSortedFunc(list, byPlace) {
+		slices.SortFunc(list, byPlace)
+		return
+	}
+	lo, hi := list[0].cluster, list[0].cluster
+	for i := range list {
+		lo, hi = min(lo, list[i].cluster), max(hi, list[i].cluster)
+	}
+	shift := bits.Len64(uint64(hi-lo) / heaps)
+	heap := func(r *tableRec) int64 { return (r.cluster - lo) >> shift }
+	var next, end [heaps]int
+	for i := range list {
+		end[heap(&list[i])]++
+	}
+	for h := 1; h < heaps; h++ {
+		next[h] = end[h-1]
+		end[h] += end[h-1]
+	}
+	first := next
+	for h := range int64(heaps) {
+		for next[h] < end[h] {
+			r := &list[next[h]]
+			if to := heap(r); to != h {
+				*r, list[next[to]] = list[next[to]], *r
+				next[to]++
+			} else {
+				next[h]++
+			}
+		}
+	}
+	for h := range heaps {
+		slices.SortFunc(list[first[h]:end[h]], byPlace)
+	}
 }
 
 // joined sorts a list and joins what names the same tables from the same indexes.
 func joined(list []tableRec) []tableRec {
-	slices.SortFunc(list, byPlace)
+	sortRecs(list)
 	out := list[:0]
 	for _, r := range list {
 		if n := len(out); n > 0 && out[n-1].cluster == r.cluster && out[n-1].idx == r.idx && out[n-1].more == r.more {
@@ -313,7 +397,7 @@ func (c *check) settle(list []tableRec, crowds map[int64]*crowd, report bool) []
 		i = j
 	}
 	c.clearL1(clear)
-	return slices.Clip(out)
+	return out
 }
 
 // chooseOwner leaves an L2 table to one of the L1 indexes that name it.

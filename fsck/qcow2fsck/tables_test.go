@@ -3,6 +3,7 @@ package qcow2fsck
 import (
 	"maps"
 	"math"
+	"math/rand/v2"
 	"slices"
 	"testing"
 
@@ -72,6 +73,22 @@ func TestRuns(t *testing.T) {
 	})
 	if cut == 0 || kept == 0 {
 		t.Fatalf("the list was cut %d times, %d runs stayed", cut, kept)
+	}
+}
+
+// TestSortRecs: long lists are sorted in heaps, whatever is in them.
+func TestSortRecs(t *testing.T) {
+	for _, most := range []int64{1, 1000, 1 << 20, 1 << 47} {
+		r := rand.New(rand.NewPCG(1, uint64(most)))
+		list := make([]tableRec, 1<<17)
+		for i := range list {
+			list[i] = tableRec{cluster: r.Int64N(most) + 1, idx: r.Uint32N(1 << 22), owner: r.Int32N(3)}
+		}
+		want := slices.Clone(list)
+		slices.SortFunc(want, byPlace)
+		if sortRecs(list); !slices.Equal(list, want) {
+			t.Errorf("clusters below %d: not sorted", most)
+		}
 	}
 }
 
