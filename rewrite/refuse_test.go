@@ -170,6 +170,35 @@ func TestStrangeRecord(t *testing.T) {
 	}
 }
 
+// TestRecordOfAnotherLayer: who forgets --layer is told of it; and who has put
+// another image on top goes on with the number that the layer has now.
+func TestRecordOfAnotherLayer(t *testing.T) {
+	imgtest.Require(t, "qemu-img", "qemu-io")
+	dir := t.TempDir()
+	base, top := filepath.Join(dir, "base"), filepath.Join(dir, "top")
+	small(t, base)
+	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", base, top)
+	if err := os.WriteFile(base+".compact", []byte(`{"version":1,"image":"base","layer":0}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, run := range []func() error{
+		func() error { _, err := rewrite.Resume(t.Context(), top, rewrite.Options{}); return err },
+		func() error { _, err := rewrite.Abandon(t.Context(), top, rewrite.Options{}); return err },
+	} {
+		if err := run(); !errors.Is(err, rewrite.ErrNotPending) || !strings.Contains(err.Error(), "--layer 1") {
+			t.Errorf("%v", err)
+		}
+	}
+	r, err := rewrite.Resume(t.Context(), top, rewrite.Options{Layer: 1})
+	if err != nil || step(r, rewrite.PhaseZeros) != 64<<10 || exists(base+".compact") {
+		t.Errorf("%+v, %v", r, err)
+	}
+	_, err = rewrite.Resume(t.Context(), top, rewrite.Options{Layer: 1})
+	if !errors.Is(err, rewrite.ErrNotPending) || strings.Contains(err.Error(), "--layer") {
+		t.Errorf("%v", err)
+	}
+}
+
 // TestForeignRecordClosesNothing: the mark of an image in use is taken for that
 // of the interrupted run only beside its own record. One of another run is
 // removed nevertheless.

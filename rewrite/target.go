@@ -79,6 +79,9 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 		if busy := t.stillRunning(ctx, path, o, at, err); busy != nil {
 			return nil, busy
 		}
+		if errors.Is(err, ErrNotPending) {
+			err = elsewhere(trace, o.Layer, err)
+		}
 		return nil, err
 	}
 	oo := o.Open
@@ -271,7 +274,8 @@ func (t *target) readRecord(o *Options, m mode) error {
 		return fmt.Errorf("%s: %w: image-compact --resume continues it, --abandon gives it up", t.path, ErrPending)
 	case m == resuming && err != nil:
 		return fmt.Errorf("%w; --abandon removes it", err)
-	case m == resuming && (r.Image != t.name || r.Layer != o.Layer):
+	case m == resuming && (r.Image != t.name || r.Layer > o.Layer):
+		// Of a layer that has got more layers above it all views are known.
 		return fmt.Errorf("%s: its record is not of this run, but of one on layer %d of %s: "+
 			"image-compact --resume with the image and the --layer it was begun with, or --abandon", t.path, r.Layer, r.Image)
 	case m == resuming:
@@ -279,6 +283,20 @@ func (t *target) readRecord(o *Options, m mode) error {
 	}
 	t.pending, t.ours = true, err == nil && r.Image == t.name
 	return nil
+}
+
+// elsewhere adds to an error which other layers have a record.
+func elsewhere(trace *open.Trace, layer int, err error) error {
+	for i, image := range trace.Images {
+		real, e := filepath.EvalSymlinks(image.Path)
+		if e != nil || i == layer {
+			continue
+		}
+		if _, e = fileRecord(real + recordSuffix).load(); e == nil {
+			err = fmt.Errorf("%w; layer %d has one: --layer %d", err, i, i)
+		}
+	}
+	return err
 }
 
 // stillRunning is the error of opening an image whose run is not interrupted

@@ -56,10 +56,10 @@ func (r *run) copyTo(ctx context.Context) (_ *rewrite.Report, err error) {
 	if err != nil {
 		// Whatever the interrupted run keeps beside it goes as well.
 		_, abandoned := rewrite.Abandon(context.WithoutCancel(ctx), part, o)
-		if errors.Is(abandoned, rewrite.ErrNotPending) {
-			abandoned = nil
+		if errors.Is(abandoned, rewrite.ErrNotPending) || errors.Is(abandoned, rewrite.ErrNotRecord) {
+			abandoned = nil // and the file of somebody else stays
 		}
-		if abandoned != nil && !errors.Is(abandoned, rewrite.ErrNotRecord) {
+		if abandoned != nil {
 			// The record of what was under way is of no use without the copy.
 			if rerr := remove(part + recordSuffix); !errors.Is(rerr, os.ErrNotExist) {
 				abandoned = errors.Join(abandoned, rerr)

@@ -201,6 +201,8 @@ func (r *run) explain(ctx context.Context, err error, pending bool) error {
 			return cli.WithHint(err, "stopped at a consistent point, the image can be used; nothing was left, begin again with: image-compact %s%s", r.what(), image)
 		}
 		return cli.WithHint(err, "stopped at a consistent point, the image can be used; go on with: image-compact --resume %s, or give up: image-compact --abandon %s", image, image)
+	case errors.Is(err, rewrite.ErrPending) && r.To != "":
+		return cli.WithHint(err, "it was left by a copy that was killed, and is removed now: begin again")
 	case errors.Is(err, rewrite.ErrPending):
 		return cli.WithHint(err, "go on with: image-compact --resume %s, or give it up: image-compact --abandon %s", image, image)
 	case errors.Is(err, rewrite.ErrNotPending):
@@ -208,7 +210,7 @@ func (r *run) explain(ctx context.Context, err error, pending bool) error {
 	case errors.Is(err, rewrite.ErrBase) && r.Layer > 0:
 		return cli.WithHint(err, "a lower layer is worked on while no images stand on it but those of one stack: name the top image of that and its --layer, or compact the images that stand on it, each by itself")
 	case errors.Is(err, rewrite.ErrBase):
-		return cli.WithHint(err, "compact the images that stand on it, each by itself; a copy can be made with --to")
+		return cli.WithHint(err, "compact the images that stand on it, each by itself; if they are one stack, this one is the --layer of its top; --to makes a copy and leaves this one alone")
 	case errors.Is(err, layers.ErrCorrupt) && errors.As(err, &at) && at.Field == "leaks":
 		return cli.WithHint(err, "nothing was changed. Look at it with: image-fsck -n %s; if the files in the guest are all right, --most-leaked gives that space back", r.found())
 	case errors.Is(err, layers.ErrUnsupported) && errors.As(err, &at) && at.Path == r.Image && (at.Field == "crypt_method" || at.Field == "full disk encryption header"):
