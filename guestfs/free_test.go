@@ -20,7 +20,7 @@ func content(t testing.TB, size int64, command ...string) []byte {
 	imgtest.Require(t, command[0])
 	path := guesttest.Image(t, size)
 	imgtest.Run(t, command[0], append(command[1:], path)...)
-	return load(t, path)
+	return guesttest.Bytes(t, path)
 }
 
 func mustFree(t testing.TB, b []byte, o Options) *Report {
@@ -53,7 +53,7 @@ func find(t testing.TB, rep *Report, name string) Area {
 // A disk with an ext4, a swap area, an unknown partition and gaps.
 func TestFreeDisk(t *testing.T) {
 	path, _ := sfdisk(t, 64<<20, "label: gpt\nstart=4M, size=16M\nstart=24M, size=8M\nstart=40M, size=4M\n")
-	disk := load(t, path)
+	disk := guesttest.Bytes(t, path)
 	ext := content(t, 16<<20, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024")
 	copy(disk[4<<20:], ext)
 	copy(disk[24<<20:], content(t, 8<<20, "mkswap", "-q"))
@@ -103,7 +103,7 @@ func TestFreeDisk(t *testing.T) {
 // nothing is free, wherever the swap area is.
 func TestHibernatedGuest(t *testing.T) {
 	path, _ := sfdisk(t, 64<<20, "label: gpt\nstart=4M, size=16M\nstart=24M, size=8M\n")
-	disk := load(t, path)
+	disk := guesttest.Bytes(t, path)
 	copy(disk[4<<20:], content(t, 16<<20, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024"))
 	copy(disk[24<<20:], content(t, 8<<20, "mkswap", "-q"))
 	if rep := mustFree(t, disk, Options{}); find(t, rep, "p1").Refusal != nil || rep.Bytes() == 0 {

@@ -39,13 +39,13 @@ func TestLVMOnTwoPartitions(t *testing.T) {
 	paths := []string{guesttest.Image(t, size), guesttest.Image(t, size)}
 	vg := guesttest.NewVG(t, paths...)
 	vg.Create("root", "-l", "30") // of 23 extents on each
-	older := load(t, paths[1])
+	older := guesttest.Bytes(t, paths[1])
 	vg.Run("lvextend", "-q", "-l", "+1", "vg/root")
 	vg.Close()
 	path, _ := sfdisk(t, 72<<20, "label: gpt\nstart=4M, size=24M\nstart=40M, size=24M\n")
-	disk := load(t, path)
-	copy(disk[first:], load(t, paths[0]))
-	copy(disk[second:], load(t, paths[1]))
+	disk := guesttest.Bytes(t, path)
+	copy(disk[first:], guesttest.Bytes(t, paths[0]))
+	copy(disk[second:], guesttest.Bytes(t, paths[1]))
 	group := decodeGroup(t, disk, blockmap.Range{Off: first, Len: size}, blockmap.Range{Off: second, Len: size})
 	lv := &group.LVs[0]
 	if len(lv.Pieces) != 2 || lv.Size != 31<<20 {
@@ -57,7 +57,7 @@ func TestLVMOnTwoPartitions(t *testing.T) {
 	guesttest.Age(t, dir, 1, 60, 300_000)
 	tree := guesttest.Tree(t, dir)
 	umount()
-	b := load(t, image)
+	b := guesttest.Bytes(t, image)
 	lv.Place(0, lv.Size, func(at, n int64) { b = b[copy(disk[at:at+n], b):] })
 
 	rep := mustFree(t, disk, Options{})
@@ -116,7 +116,7 @@ func TestLVM(t *testing.T) {
 	vg.Create("data", "-l", "64")
 	vg.Create("nested", "-l", "3")
 	vg.Close()
-	pv := load(t, pvPath)
+	pv := guesttest.Bytes(t, pvPath)
 	contents := map[string][]byte{
 		"nested": pv[:3<<20],
 		"swap":   content(t, 6<<20, "mkswap", "-q"),
@@ -129,7 +129,7 @@ func TestLVM(t *testing.T) {
 		guesttest.Age(t, dir, 1, 60, 300_000)
 		trees[name] = guesttest.Tree(t, dir)
 		umount()
-		contents[name] = load(t, path)
+		contents[name] = guesttest.Bytes(t, path)
 	}
 	group := decodeGroup(t, pv, blockmap.Range{Len: size})
 	pieces := 0
@@ -142,7 +142,7 @@ func TestLVM(t *testing.T) {
 		t.Fatalf("%d pieces", pieces)
 	}
 	path, _ := sfdisk(t, 192<<20, "label: gpt\nstart=4M, size=180M\n")
-	disk := load(t, path)
+	disk := guesttest.Bytes(t, path)
 	copy(disk[start:], pv)
 
 	rep := mustFree(t, disk, Options{Swap: true})

@@ -17,6 +17,7 @@ import (
 	"testing"
 
 	"github.com/imagestack/imagestack/internal/imgtest"
+	"github.com/imagestack/imagestack/internal/imgtest/guesttest"
 )
 
 // sfdiskTable is what sfdisk -J prints.
@@ -60,15 +61,6 @@ func sfdisk(t testing.TB, size int64, script string) (string, sfdiskTable) {
 	return path, table
 }
 
-func load(t testing.TB, path string) []byte {
-	t.Helper()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
-
 func read(b []byte) ([]Partition, error) {
 	return Partitions(context.Background(), bytes.NewReader(b), int64(len(b)))
 }
@@ -91,7 +83,7 @@ func TestAgainstSfdisk(t *testing.T) {
 	for name, script := range scripts {
 		t.Run(name, func(t *testing.T) {
 			path, want := sfdisk(t, 24<<20, script)
-			parts, err := read(load(t, path))
+			parts, err := read(guesttest.Bytes(t, path))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -131,7 +123,7 @@ func TestAgainstPartx(t *testing.T) {
 	for name, script := range scripts {
 		t.Run(name, func(t *testing.T) {
 			path, _ := sfdisk(t, 24<<20, script)
-			parts, err := read(load(t, path))
+			parts, err := read(guesttest.Bytes(t, path))
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -198,7 +190,7 @@ func TestSectors4096(t *testing.T) {
 // error that names the place.
 func TestGPTDamage(t *testing.T) {
 	path, _ := sfdisk(t, 24<<20, scripts["gpt"])
-	good := load(t, path)
+	good := guesttest.Bytes(t, path)
 	want, err := read(good)
 	if err != nil || len(want) != 2 {
 		t.Fatal(err)
@@ -252,7 +244,7 @@ func patchGPT(b []byte, change func(header, table []byte)) {
 // Lies with right checksums.
 func TestGPTLies(t *testing.T) {
 	path, _ := sfdisk(t, 24<<20, scripts["gpt"])
-	good := load(t, path)
+	good := guesttest.Bytes(t, path)
 	le := binary.LittleEndian
 	for name, change := range map[string]func(h, e []byte){
 		"entry size 0":           func(h, _ []byte) { le.PutUint32(h[84:], 0) },
@@ -286,7 +278,7 @@ func TestGPTLies(t *testing.T) {
 
 func TestMBRDamage(t *testing.T) {
 	path, _ := sfdisk(t, 24<<20, scripts["mbr logical"])
-	good := load(t, path)
+	good := guesttest.Bytes(t, path)
 	parts, err := read(good)
 	if err != nil || len(parts) != 7 {
 		t.Fatal(parts, err)
@@ -385,7 +377,7 @@ func (f failing) ReadAt(p []byte, off int64) (int, error) {
 func TestReadErrors(t *testing.T) {
 	for _, script := range []string{scripts["gpt"], scripts["mbr logical"]} {
 		path, _ := sfdisk(t, 24<<20, script)
-		b := load(t, path)
+		b := guesttest.Bytes(t, path)
 		for _, from := range []int64{0, 600, 1500} {
 			_, err := Partitions(context.Background(), failing{bytes.NewReader(b), from}, int64(len(b)))
 			if !errors.Is(err, errDisk) {
@@ -400,7 +392,7 @@ func FuzzPartitions(f *testing.F) {
 	for name, script := range scripts {
 		if name == "mbr logical" || name == "gpt few" {
 			path, _ := sfdisk(f, 24<<20, script)
-			b := load(f, path)
+			b := guesttest.Bytes(f, path)
 			f.Add(b[:64<<10])
 			f.Add(append(bytes.Clone(b[:34*512]), b[len(b)-33*512:]...))
 		}

@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"io"
 	"math/rand/v2"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,15 +19,6 @@ import (
 
 const mib = 1 << 20
 
-func load(t testing.TB, path string) []byte {
-	t.Helper()
-	b, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
-
 func read(b []byte) (*Group, error) {
 	v, err := Open(context.Background(), bytes.NewReader(b), blockmap.Range{Len: int64(len(b))})
 	if err != nil {
@@ -40,7 +30,7 @@ func read(b []byte) (*Group, error) {
 // compare compares with what pvs says of each segment of the physical volume.
 func compare(t testing.TB, vg *guesttest.VG, path, when string) {
 	t.Helper()
-	pv, err := read(load(t, path))
+	pv, err := read(guesttest.Bytes(t, path))
 	if err != nil {
 		t.Fatalf("%s: %v", when, err)
 	}
