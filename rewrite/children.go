@@ -27,17 +27,8 @@ func checkChildren(ctx context.Context, trace *open.Trace, o *Options) (notes []
 	if err != nil {
 		return nil, err
 	}
-	for i, path := range slices.Backward(paths) {
-		children := kin[i].Children
-		for _, m := range members.Of[i] {
-			children = append(children, m.Children...)
-		}
-		children = slices.DeleteFunc(children, func(c string) bool {
-			return i > 0 && sameFile(c, paths[i-1])
-		})
-		if len(children) > 0 {
-			return nil, fmt.Errorf("%s: %w: %s", path, ErrBase, someOf(children))
-		}
+	if err := onlyAbove(images, func(i int) []string { return append(kin[i].Children, childrenIn(members.Of[i])...) }); err != nil {
+		return nil, err
 	}
 	if err := checkParents(trace, o.Layer, members.Of[o.Layer]); err != nil {
 		return nil, err
@@ -57,6 +48,51 @@ func checkChildren(ctx context.Context, trace *open.Trace, o *Options) (notes []
 		notes = append(notes, "which images these bundles have is not known, they are damaged or not supported: "+someOf(members.Unclear))
 	}
 	return notes, nil
+}
+
+// onlyAbove refuses the last of a stack's images when one of them has children
+// besides the image above it.
+func onlyAbove(images []open.Traced, childrenOf func(i int) []string) error {
+	for i, image := range slices.Backward(images) {
+		children := slices.DeleteFunc(childrenOf(i), func(c string) bool {
+			return i > 0 && sameFile(c, images[i-1].Path)
+		})
+		if len(children) > 0 {
+			return fmt.Errorf("%s: %w: %s", image.Path, ErrBase, someOf(children))
+		}
+	}
+	return nil
+}
+
+// childrenIn are the children of an image in all bundles.
+func childrenIn(members []open.Member) []string {
+	var all []string
+	for _, m := range members {
+		all = append(all, m.Children...)
+	}
+	return all
+}
+
+// sameBundle looks, when the bundle is locked, whether its descriptor was
+// changed since the trace was made: a snapshot may have been taken or merged.
+// The layer's file is now called opened.
+func sameBundle(trace *open.Trace, o *Options, opened string) error {
+	at := trace.Images[o.Layer]
+	if at.Descriptor == "" {
+		return nil
+	}
+	if !sameFile(opened, at.Path) {
+		return fmt.Errorf("%s: %w: it was changed just now", at.Descriptor, layers.ErrInUse)
+	}
+	images := trace.Images[:o.Layer+1]
+	members, err := membersOf(images, trace.Descriptors, o.ChildDirs)
+	if err != nil {
+		return err
+	}
+	if err := onlyAbove(images, func(i int) []string { return childrenIn(members.Of[i]) }); err != nil {
+		return err
+	}
+	return checkParents(trace, o.Layer, members.Of[o.Layer])
 }
 
 // membersOf is open.MembersOf for those images that can lie in a bundle.

@@ -106,6 +106,9 @@ func openTarget(ctx context.Context, path string, o *Options, m mode) (_ *target
 	if err = above.check(); err == nil {
 		err = t.attach(m != estimating)
 	}
+	if err == nil && m != estimating {
+		err = sameBundle(trace, o, t.layer.Data().Name())
+	}
 	if err != nil {
 		return nil, errors.Join(err, t.stack.Close())
 	}
