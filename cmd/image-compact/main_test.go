@@ -159,6 +159,17 @@ func TestExplain(t *testing.T) {
 	if err := r.explain(context.Background(), rewrite.ErrPending, false); !strings.Contains(messageOf(err), "--resume --layer 2 --format qcow2 --allow-path 'a b' ./-x,") {
 		t.Error(messageOf(err))
 	}
+	// No copy can be made of a lower layer.
+	for _, c := range []error{rewrite.ErrBase, os.ErrPermission} {
+		if said := messageOf(r.explain(t.Context(), c, false)); !strings.Contains(said, "layer") || strings.Contains(said, "--to") {
+			t.Error(said)
+		}
+	}
+	// What a copy that was killed has left is no run on the image.
+	r.Layer, r.To = 0, "new"
+	if said := messageOf(r.explain(t.Context(), rewrite.ErrPending, false)); strings.Contains(said, "--resume") {
+		t.Error(said)
+	}
 	// What a run was told not to give back is not given back when the line that
 	// is shown is entered, and what else it was told holds again, too.
 	told := &run{flags: &flags{Image: "a", Guest: "off", Gaps: true, Swap: true, DedupParent: true, MostLeaked: true,

@@ -218,6 +218,8 @@ func (r *run) explain(ctx context.Context, err error, pending bool) error {
 		name := quoted("driver=qcow2,encrypt.key-secret=s,file.filename=" + strings.ReplaceAll(r.Image, ",", ",,"))
 		return cli.WithHint(err, "who has the key makes a compact copy with: qemu-img convert --object secret,id=s,file=KEYFILE --image-opts %s "+
 			"-O qcow2 -o encrypt.format=luks,encrypt.key-secret=s NEW", name)
+	case !pending && !r.No && r.Layer > 0 && errors.Is(err, fs.ErrPermission):
+		return cli.WithHint(err, "nothing was changed; image-compact writes the image of the layer and a record beside it, and for a bundle its lock")
 	case !pending && !r.No && r.To == "" && errors.Is(err, fs.ErrPermission):
 		return cli.WithHint(err, "nothing was changed; image-compact writes the image and a record beside it; a copy elsewhere can be made with --to")
 	case pending && r.To == "" && cli.ExitCode(err) == cli.ExitFailed:
