@@ -9,7 +9,10 @@ import (
 // fileHole is a range of the image file without storage, which reads as zeros.
 // L2 tables in it say nothing. Millions of tables may lie in one hole, in a file
 // that somebody made to keep its reader busy, and need not be read.
-type fileHole struct{ from, to int64 }
+type fileHole struct {
+	from, to int64
+	back     int64 // how far in front of the last table its beginning was looked for
+}
 
 // noteHole looks whether the table at off begins a hole. Only for images that
 // are opened for reading: what is written makes holes smaller.
@@ -17,13 +20,30 @@ func (img *Image) noteHole(off int64) {
 	if img.ed != nil || img.o.Writable || off&(img.clusterSize-1) != 0 {
 		return
 	}
-	data, err := img.f.SeekData(off)
-	if errors.Is(err, io.EOF) {
-		data, err = img.imageEnd.Load(), nil // a table that is cut off is none in a hole
+	var last fileHole
+	if h := img.hole.Load(); h != nil {
+		last = *h
 	}
-	if err == nil && data >= off+img.clusterSize {
-		img.hole.Store(&fileHole{off, data})
+	// A table that is cut off is none in a hole.
+	if h := img.holeAt(off, last); h.to >= off+img.clusterSize {
+		img.hole.Store(&h)
 	}
+}
+
+// holeAt is the hole at off, which is empty where there is none. last is the
+// one that was met before. Where a hole begins cannot be asked, and tables may
+// go down through it: so it is looked for, twice as far each time.
+func (img *Image) holeAt(off int64, last fileHole) fileHole {
+	h := fileHole{from: off, to: img.dataBehind(off, math.MaxInt64)}
+	if off < last.from && h.to == last.to {
+		h.back = min(max(2*last.back, img.clusterSize), off)
+		if from := off - h.back; img.dataBehind(from, math.MaxInt64) == h.to {
+			h.from = from
+		} else {
+			h.back = 0
+		}
+	}
+	return h
 }
 
 // dataBehind is the first byte of the image file at or behind off that may not
@@ -68,8 +88,9 @@ func (h *stillHoles) in(off, n int64) bool {
 
 // end is where the hole at off ends, off itself where there is none.
 func (h *stillHoles) end(off int64) int64 {
-	if off < h.last.from || off >= h.last.to {
-		h.last = fileHole{off, h.img.dataBehind(off, math.MaxInt64)}
+	if h.last.from <= off && off < h.last.to {
+		return h.last.to
 	}
+	h.last = h.img.holeAt(off, h.last)
 	return h.last.to
 }

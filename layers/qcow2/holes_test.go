@@ -132,6 +132,78 @@ func TestWalkPassesHoles(t *testing.T) {
 	}
 }
 
+// seekCounter counts the searches for data.
+type seekCounter struct {
+	*backend.Mem
+	seeks int
+}
+
+func (c *seekCounter) SeekData(off int64) (int64, error) {
+	c.seeks++
+	return c.Mem.SeekData(off)
+}
+
+// TestStillHoles: a hole is looked for a few times only, whether tables go up
+// through it or down, and what is no hole is never taken for one.
+func TestStillHoles(t *testing.T) {
+	ctx := context.Background()
+	f := &seekCounter{Mem: backend.NewMem("image")}
+	if err := Create(ctx, f, CreateOptions{Size: 1 << 30}); err != nil {
+		t.Fatal(err)
+	}
+	const cs, end = 64 << 10, 10_000
+	data := []int64{100, 101, 4000, 9999}
+	for _, c := range data {
+		if _, err := f.WriteAt([]byte("data"), c*cs+cs/2); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := f.Truncate(end * cs); err != nil {
+		t.Fatal(err)
+	}
+	img, err := Open(ctx, f, layers.OpenOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer img.Close()
+	for _, c := range []struct {
+		name string
+		at   func(i int64) int64
+		most int
+	}{
+		{"up", func(i int64) int64 { return i }, 20},
+		{"down", func(i int64) int64 { return end - 20 - i }, 400},
+		{"in no order", func(i int64) int64 { return 20 + i*7919%(end-20) }, 2 * end},
+	} {
+		h := stillHoles{img: img, still: true}
+		f.seeks = 0
+		for i := range int64(end - 40) {
+			at := c.at(i)
+			if at < 20 { // what an image begins with
+				continue
+			}
+			if got, want := h.in(at*cs, cs), !slices.Contains(data, at); got != want {
+				t.Fatalf("%s: cluster %d: a hole is %v, want %v", c.name, at, got, want)
+			}
+		}
+		if f.seeks > c.most {
+			t.Errorf("%s: %d searches, want at most %d", c.name, f.seeks, c.most)
+		}
+	}
+	// As Lookup passes over tables.
+	for at := int64(end - 20); at > 4000; at-- {
+		if img.inHole(at * cs) {
+			continue
+		}
+		if img.noteHole(at * cs); img.inHole(at*cs) != !slices.Contains(data, at) {
+			t.Fatalf("cluster %d: in a hole: %v", at, img.inHole(at*cs))
+		}
+	}
+	if h := (stillHoles{img: img}); h.in(50*cs, cs) {
+		t.Error("a hole that somebody may be writing to")
+	}
+}
+
 // TestCountedRefusesSharedBlock: what one block counts is not gone through for
 // each of the entries that name it.
 func TestCountedRefusesSharedBlock(t *testing.T) {

@@ -325,7 +325,7 @@ func (img *Image) Counted(ctx context.Context, visit func(off, n int64) error) e
 			}
 		}
 		if len(parts) == 0 {
-			hole = fileHole{int64(entry), img.dataBehind(int64(entry), math.MaxInt64)}
+			hole = img.holeAt(int64(entry), hole)
 			return nil
 		}
 		for _, p := range parts {

@@ -400,7 +400,7 @@ func (r *refcounts) nothing(page int64, hole *fileHole) (bool, error) {
 	}
 	end := off + r.pageBytes
 	if off < hole.from || end > hole.to {
-		*hole = fileHole{off, r.img.dataBehind(off, math.MaxInt64)}
+		*hole = r.img.holeAt(off, *hole)
 	}
 	if end <= hole.to {
 		return true, nil
