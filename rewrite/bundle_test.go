@@ -150,6 +150,22 @@ func step(r *rewrite.Report, name rewrite.Phase) int64 {
 	return -1
 }
 
+// branch gives the bundle a new top on the image below the old one, which stays
+// as a branch.
+func branch(t *testing.T, xml string) {
+	t.Helper()
+	d, err := ploop.ReadDescriptor(xml)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chain, err := d.Chain("")
+	if err != nil {
+		t.Fatal(err)
+	}
+	imgtest.PloopRun(t, "snapshot", xml) // keeps the branch that the next command leaves
+	imgtest.PloopRun(t, "snapshot-switch", "-u", chain[1].GUID, xml)
+}
+
 // TestBranchesOfABundle: an image on which two others stand is never touched,
 // whichever branch the bundle is at.
 func TestBranchesOfABundle(t *testing.T) {
@@ -161,16 +177,7 @@ func TestBranchesOfABundle(t *testing.T) {
 		t.Fatal(err)
 	}
 	sum := imgtest.SHA256File(t, images[1].Path)
-	d, err := ploop.ReadDescriptor(xml)
-	if err != nil {
-		t.Fatal(err)
-	}
-	chain, err := d.Chain("")
-	if err != nil {
-		t.Fatal(err)
-	}
-	imgtest.PloopRun(t, "snapshot", xml) // keeps the branch that the next command leaves
-	imgtest.PloopRun(t, "snapshot-switch", "-u", chain[1].GUID, xml)
+	branch(t, xml)
 	if now := imgtest.PloopChain(t, xml); len(now) != 2 || now[1] != images[1] || now[0] == images[0] {
 		t.Fatalf("the bundle is at %v", now)
 	}

@@ -67,14 +67,6 @@ func TestForkAboveInBundle(t *testing.T) {
 	mayCompact(t, dir, 2)
 	standsUnder(t, images[1].Path, 1) // the top is not known then
 	standsUnder(t, images[1].Path, 0)
-	d, err := ploop.ReadDescriptor(xml)
-	if err != nil {
-		t.Fatal(err)
-	}
-	chain, err := d.Chain("")
-	if err != nil {
-		t.Fatal(err)
-	}
 	// An image that stands on the top.
 	overlay := filepath.Join(dir, "overlay")
 	imgtest.QemuImg(t, "create", "-q", "-f", "qcow2", "-F", "parallels", "-b", images[0].Path, overlay, "16M")
@@ -83,9 +75,7 @@ func TestForkAboveInBundle(t *testing.T) {
 	if err := os.Remove(overlay); err != nil {
 		t.Fatal(err)
 	}
-	// A branch.
-	imgtest.PloopRun(t, "snapshot", xml)
-	imgtest.PloopRun(t, "snapshot-switch", "-u", chain[1].GUID, xml)
+	branch(t, xml)
 	if now := imgtest.PloopChain(t, xml); len(now) != 3 || now[1] != images[1] || now[2] != images[2] {
 		t.Fatalf("the bundle is at %v", now)
 	}
