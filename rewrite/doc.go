@@ -19,9 +19,9 @@
 // Each step leaves a consistent image and can be the last one.
 //
 // One layer is worked on, the top one unless Options.Layer says otherwise. A
-// layer that other images stand on is not touched, except that the layer above
-// it in the same stack is known: then only what is free for the guest in every
-// view above it, too, is dropped. (A snapshot taken of a running guest has data
+// layer that other images stand on is not touched, except that those above it in
+// the same stack are known, and nothing else stands on any of them: then only
+// what is free for the guest in every view above it, too, is dropped. (A snapshot taken of a running guest has data
 // in the lower layer whose metadata only the upper one knows.)
 //
 // A record beside the image says that a run has begun and with which options.
