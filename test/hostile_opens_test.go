@@ -44,7 +44,7 @@ func TestHostileOpens(t *testing.T) {
 		for k, tool := range hostile.Tools() {
 			always := (c.Class == hostile.Path || c.Class == hostile.Chain) && (tool == hostile.Info || tool == hostile.Fsck)
 			every := max(byClass[c.Class] / *opensEach, 1)
-			if (always || (n+k)%every == 0) && (c.Only == nil || slices.Contains(c.Only, tool)) {
+			if always || (n+k)%every == 0 {
 				tools = append(tools, tool)
 			}
 		}

@@ -74,8 +74,6 @@ type Case struct {
 	// Exit is the exit code of every tool that neither By nor exits.txt mentions.
 	Exit int
 	By   map[Tool]int
-	// Only are the tools that are asked, where it is not all of them.
-	Only []Tool
 	// Words are in the message of every tool that fails.
 	Words []string
 }
