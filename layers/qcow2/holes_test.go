@@ -204,9 +204,9 @@ func TestStillHoles(t *testing.T) {
 	}
 }
 
-// TestCountedRefusesSharedBlock: what one block counts is not gone through for
-// each of the entries that name it.
-func TestCountedRefusesSharedBlock(t *testing.T) {
+// TestSharedBlockIsRefused: what one block counts is not gone through for each
+// of the entries that name it, by an estimate or by a relocation.
+func TestSharedBlockIsRefused(t *testing.T) {
 	ctx := context.Background()
 	f := &readCounter{Mem: backend.NewMem("image")}
 	if err := Create(ctx, f, CreateOptions{Size: 1 << 30}); err != nil {
@@ -234,6 +234,14 @@ func TestCountedRefusesSharedBlock(t *testing.T) {
 			}
 		} else {
 			wantImageError(t, count(), layers.ErrCorrupt, "refcount table entry")
+			w, err := Open(ctx, f, layers.OpenOptions{Path: "image", Writable: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantImageError(t, w.BeginRelocation(ctx, nil), layers.ErrCorrupt, "refcount table entry")
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
+			}
 		}
 		if err := img.Close(); err != nil {
 			t.Fatal(err)

@@ -8,6 +8,7 @@ import (
 	"math"
 
 	"github.com/RoaringBitmap/roaring/v2"
+	"github.com/RoaringBitmap/roaring/v2/roaring64"
 	"github.com/imagestack/imagestack/backend"
 	"github.com/imagestack/imagestack/layers"
 )
@@ -42,6 +43,9 @@ func mayShare(r layers.Role) bool {
 // takeCensus compares the counts with the references.
 func (ed *editor) takeCensus(ctx context.Context, step func(done, total int64)) (*hostCensus, error) {
 	img := ed.img
+	if err := ed.ref.checkBlocks(); err != nil {
+		return nil, err
+	}
 	c, err := ed.countCensus(ctx, step)
 	if errors.Is(err, errNarrow) {
 		ed.wide = true
@@ -57,6 +61,19 @@ func (ed *editor) takeCensus(ctx context.Context, step func(done, total int64)) 
 		return nil, img.corrupt(-1, "reference count", nil, "clusters have fewer references than are counted, and "+c.keep)
 	}
 	return c, nil
+}
+
+// checkBlocks refuses a refcount table that names a block twice. The census
+// would find that as well, after it has gone through all that the block seems
+// to count.
+func (r *refcounts) checkBlocks() error {
+	seen := roaring64.New()
+	for k, v := range r.table {
+		if v != 0 && !seen.CheckedAdd(v>>r.img.clusterBits) {
+			return r.img.corrupt(r.tableOff+int64(k)*8, "refcount table entry", v, "another entry names the same block")
+		}
+	}
+	return nil
 }
 
 func (ed *editor) countCensus(ctx context.Context, step func(done, total int64)) (*hostCensus, error) {
