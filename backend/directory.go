@@ -2,7 +2,9 @@ package backend
 
 import (
 	"errors"
+	"fmt"
 	"os"
+	"path/filepath"
 )
 
 // SyncDir makes the names in the directory dir durable: those of files that
@@ -14,4 +16,13 @@ func SyncDir(dir string) error {
 		return err
 	}
 	return errors.Join(f.Sync(), f.Close())
+}
+
+// SyncName makes the name of the new file at path durable. Its error says that
+// the file is there and complete nevertheless.
+func SyncName(path string) error {
+	if err := SyncDir(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("%s is complete, but a power cut may take its name: %w", path, err)
+	}
+	return nil
 }

@@ -68,7 +68,7 @@ func (r *run) copyTo(ctx context.Context) (_ *rewrite.Report, err error) {
 		return report, errors.Join(err, abandoned, remove(part))
 	}
 	report.Image = r.To
-	return report, backend.SyncDir(filepath.Dir(r.To))
+	return report, backend.SyncName(r.To)
 }
 
 // renameNew is a rename that replaces nothing.

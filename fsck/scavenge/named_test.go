@@ -15,9 +15,9 @@ import (
 // An error that comes when the new image has its name removes neither it nor
 // what had no place in it.
 func TestNamed(t *testing.T) {
-	was := syncDir
-	defer func() { syncDir = was }()
-	syncDir = func(string) error { return unix.EIO }
+	was := syncName
+	defer func() { syncName = was }()
+	syncName = func(string) error { return unix.EIO }
 	t.Chdir(t.TempDir())
 	p := damage.NewPloop(2, 64<<10, 16, 0, 3)
 	p.Append(99) // nobody knows where it belongs

@@ -288,11 +288,11 @@ func (j *job) writeNew(ctx context.Context, order []int32) (err error) {
 			return err
 		}
 	}
-	return syncDir(filepath.Dir(j.name))
+	return syncName(j.name)
 }
 
-// syncDir makes the name of the new image durable; tests let it fail.
-var syncDir = backend.SyncDir
+// syncName makes the name of the new image durable; tests let it fail.
+var syncName = backend.SyncName
 
 // parent tells whether something may lie under the image.
 func (j *job) parent() bool {

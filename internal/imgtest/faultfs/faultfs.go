@@ -247,20 +247,44 @@ func (n *node) Rmdir(ctx context.Context, name string) syscall.Errno {
 	return n.LoopbackNode.Rmdir(ctx, name)
 }
 
-// Fsync is of a file or a directory.
-func (n *node) Fsync(ctx context.Context, fh fs.FileHandle, flags uint32) syscall.Errno {
-	k := Sync
-	if n.IsDir() {
-		k = SyncDir
-	}
-	v := n.f.before(ctx, Op{Kind: k, Name: n.rel()})
-	if h, ok := fh.(*file); ok && k == Sync {
+// Fsync is of a file.
+func (n *node) Fsync(ctx context.Context, fh fs.FileHandle, _ uint32) syscall.Errno {
+	v := n.f.before(ctx, Op{Kind: Sync, Name: n.rel()})
+	if h, ok := fh.(*file); ok {
 		if err := n.f.synced(h, v); err != nil {
 			return unix.EIO
 		}
 	}
 	// The tests do not cut the power: nothing need go to the disk.
 	return v.Err
+}
+
+// OpendirHandle makes the handle one of ours, because syncing a directory is
+// asked of that.
+func (n *node) OpendirHandle(ctx context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
+	fh, opened, errno := n.LoopbackNode.OpendirHandle(ctx, flags)
+	if h, ok := fh.(openDir); ok {
+		return &directory{openDir: h, n: n}, opened, errno
+	}
+	return fh, opened, errno
+}
+
+// openDir is what the filesystem below has of an open directory.
+type openDir interface {
+	fs.FileReaddirenter
+	fs.FileSeekdirer
+	fs.FileReleasedirer
+	fs.FileFsyncdirer
+}
+
+// directory is an open directory.
+type directory struct {
+	openDir
+	n *node
+}
+
+func (d *directory) Fsyncdir(ctx context.Context, _ uint32) syscall.Errno {
+	return d.n.f.before(ctx, Op{Kind: SyncDir, Name: d.n.rel()}).Err
 }
 
 func (n *node) Setattr(ctx context.Context, fh fs.FileHandle, in *fuse.SetAttrIn, out *fuse.AttrOut) syscall.Errno {

@@ -73,6 +73,13 @@ func TestFaults(t *testing.T) {
 	if exit, _ := sh(`sync "$1"`); exit == 0 {
 		t.Error("a failed sync goes unnoticed")
 	}
+	at(faultfs.SyncDir, faultfs.Verdict{Err: unix.EIO})
+	if exit, _ := sh(`sync "${1%/*}"`); exit == 0 {
+		t.Error("a failed sync of a directory goes unnoticed")
+	}
+	if exit, out := sh(`ls "${1%/*}" && sync "${1%/*}"`); exit != 0 || out != "file\n" {
+		t.Errorf("the directory: exit %d, %q", exit, out)
+	}
 	f.Track(true)
 	at(faultfs.Sync, faultfs.Verdict{Err: unix.EIO, Lose: true})
 	if exit, _ := sh(`printf ab | dd of="$1" conv=notrunc status=none && sync "$1"`); exit == 0 {
