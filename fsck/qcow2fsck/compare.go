@@ -262,7 +262,9 @@ func (c *check) compareBlock(k int64, b []byte, from, to int64) {
 	var runs []countRun
 	used := int64(0)
 	c.diff(k, b, from, to, func(cluster int64, have, want uint64, fl uint8) {
-		used++
+		if used++; missing {
+			return
+		}
 		r := countRun{cluster, 1, have, want, c.fresh[cluster], c.kept[cluster] || c.doubtAll && fl&fCross != 0, fl&fCopied != 0}
 		if n := len(runs); n > 0 {
 			l := &runs[n-1]
@@ -273,7 +275,7 @@ func (c *check) compareBlock(k int64, b []byte, from, to int64) {
 		}
 		runs = append(runs, r)
 	})
-	if len(runs) == 0 {
+	if used == 0 {
 		return
 	}
 	if missing { // makeBlocks did not make one
