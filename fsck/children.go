@@ -2,6 +2,8 @@ package fsck
 
 import (
 	"context"
+	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -101,8 +103,8 @@ func listFiles(dir string) ([]string, error) {
 	}
 	defer d.Close()
 	list, err := d.ReadDir(maxSiblings)
-	if err != nil && len(list) == 0 {
-		return nil, nil // empty
+	if err != nil && !errors.Is(err, io.EOF) { // of an empty one
+		return nil, err
 	}
 	var names []string
 	for _, e := range list {

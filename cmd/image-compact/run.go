@@ -193,7 +193,7 @@ func (r *run) explain(ctx context.Context, err error, pending bool) error {
 	switch {
 	case context.Cause(ctx) != nil:
 		// The cause has the exit code of the signal.
-		err = errors.Join(context.Cause(ctx))
+		err = context.Cause(ctx)
 		if r.To != "" || r.No {
 			return cli.WithHint(err, "nothing was changed")
 		}
