@@ -21,13 +21,20 @@ type usage struct {
 func takeUsage(ctx context.Context, l layers.HostSpace, granule int64, drop *roaring64.Bitmap) (*usage, error) {
 	u := &usage{unit: l.HostUnit(), used: roaring64.New()}
 	var from, to uint64 // a run not entered yet
+	flush := func() {
+		if to-from == 1 { // runs of one are slow where they are many
+			u.used.Add(from)
+			return
+		}
+		u.used.AddRange(from, to)
+	}
 	enter := func(off, n int64) {
 		a, b := uint64(off/u.unit), uint64((off+n-1)/u.unit)+1
 		if a == to {
 			to = b
 			return
 		}
-		u.used.AddRange(from, to)
+		flush()
 		from, to = a, b
 	}
 	err := l.WalkHost(ctx, func(h layers.HostRange) error {
@@ -54,7 +61,7 @@ func takeUsage(ctx context.Context, l layers.HostSpace, granule int64, drop *roa
 		}
 		return nil
 	})
-	u.used.AddRange(from, to)
+	flush()
 	return u, err
 }
 
