@@ -43,10 +43,7 @@ func TestForceHungServer(t *testing.T) {
 	image := createQcow2(t, workDir(t), 16<<20, false)
 	m := mountImage(t, image, "-w")
 	server := serverPID(t, m.dir)
-	if err := unix.Kill(server, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = unix.Kill(server, unix.SIGCONT) }()
+	imgtest.Stop(t, server)
 	reader := make(chan error, 1)
 	go func() {
 		_, err := os.ReadFile(m.file())

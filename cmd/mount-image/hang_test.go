@@ -6,19 +6,29 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/imagestack/imagestack/internal/imgtest"
 )
 
-// A server that hangs keeps -u waiting, but one Ctrl-C ends that.
+// A server that hangs keeps -u waiting, but one Ctrl-C ends that, however the
+// requests come to the server.
 func TestInterruptHangingUnmount(t *testing.T) {
-	t.Parallel()
+	for _, transport := range []string{"dev", "uring"} {
+		t.Run(transport, func(t *testing.T) {
+			if transport == "uring" {
+				imgtest.RequireURing(t)
+			}
+			interruptHangingUnmount(t, transport)
+		})
+	}
+}
+
+func interruptHangingUnmount(t *testing.T, transport string) {
 	_, path := qcow2Image(t)
 	dir := mountDir(t)
-	want(t, 0, "-w", path, dir)
+	want(t, 0, "-w", "--transport", transport, path, dir)
 	server := serverOf(t, dir)
-	if err := unix.Kill(server.pid, unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = unix.Kill(server.pid, unix.SIGCONT) }()
+	imgtest.Stop(t, server.pid)
 	cmd := command("-u", dir)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr

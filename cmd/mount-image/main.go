@@ -57,14 +57,15 @@ func run(ctx context.Context, f *flags) error {
 		if f.Image == "" {
 			return cli.Usage(errors.New("-u wants a directory"))
 		}
+		if !isApart() {
+			return apart(ctx)
+		}
 		dirs := slices.DeleteFunc(append([]string{f.Image, f.Dir}, f.More...), func(d string) bool { return d == "" })
-		return interruptible(ctx, func() error {
-			return unmountAll(ctx, dirs, func(ctx context.Context, dir string) error {
-				if f.Force {
-					return unmountForced(ctx, dir)
-				}
-				return unmount(ctx, dir, false)
-			})
+		return unmountAll(ctx, dirs, func(ctx context.Context, dir string) error {
+			if f.Force {
+				return unmountForced(ctx, dir)
+			}
+			return unmount(ctx, dir, false)
 		})
 	}
 	if f.Image == "" || f.Dir == "" || len(f.More) > 0 {

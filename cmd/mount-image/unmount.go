@@ -93,28 +93,6 @@ func unmountAll(ctx context.Context, dirs []string, unmount func(ctx context.Con
 	return errors.Join(all...)
 }
 
-// hangPatience is how long interruptible lets an interrupted function go on.
-const hangPatience = time.Second
-
-// interruptible runs f, and does not wait for it any longer soon after ctx has
-// ended: asking a server that hangs is a system call that signals to us do not
-// end, only our exit does.
-func interruptible(ctx context.Context, f func() error) error {
-	done := make(chan error, 1)
-	go func() { done <- f() }()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-	}
-	select {
-	case err := <-done:
-		return err
-	case <-time.After(hangPatience):
-		return fmt.Errorf("the server of the mount does not answer: %w", context.Cause(ctx))
-	}
-}
-
 // ownerOf returns the user whose mount this is, when it is one that even root
 // cannot look into: FUSE keeps everybody else out unless allow_other is set.
 func ownerOf(m mounttab.Mount) *syscall.Credential {
@@ -139,12 +117,7 @@ func unmountAs(ctx context.Context, owner *syscall.Credential, dir string, force
 	cmd.Args[0] = os.Args[0]
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
 	cmd.SysProcAttr = &unix.SysProcAttr{Credential: owner}
-	err := cmd.Run()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.Exited() {
-		return cli.Exit(exit.ExitCode()) // it has said why
-	}
-	return err
+	return said(cmd.Run())
 }
 
 // detachLoops detaches the loop devices whose file lies in dir. One that is in
