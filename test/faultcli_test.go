@@ -14,9 +14,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// abort is -u --force of a mount that does not answer; reader gets the end of a
-// read that waits for it.
-func (m *mounted) abort(reader <-chan error) {
+// abort is -u --force of a mount that does not answer.
+func (m *mounted) abort() {
 	t := m.t
 	t.Helper()
 	o := runTool(t, "mount-image", "-u", "--force", m.dir)
@@ -26,6 +25,11 @@ func (m *mounted) abort(reader <-chan error) {
 	if left := mountsUnder(m.dir); len(left) > 0 {
 		t.Errorf("still mounted: %q", left)
 	}
+}
+
+// ended waits for the end of a read of a mount that was aborted.
+func ended(t *testing.T, reader <-chan error) {
+	t.Helper()
 	select {
 	case err := <-reader:
 		if err == nil {
@@ -37,32 +41,46 @@ func (m *mounted) abort(reader <-chan error) {
 }
 
 // TestForceHungServer: a server that does not answer is got rid of with -u
-// --force, in bounded time, and whoever waited for it gets an error.
+// --force, in bounded time, and whoever waited for it gets an error: at once,
+// or over io_uring when the server goes on.
 func TestForceHungServer(t *testing.T) {
 	imgtest.RequireRoot(t)
-	image := createQcow2(t, workDir(t), 16<<20, false)
-	m := mountImage(t, image, "-w")
-	server := serverPID(t, m.dir)
-	imgtest.Stop(t, server)
-	reader := make(chan error, 1)
-	go func() {
-		_, err := os.ReadFile(m.file())
-		reader <- err
-	}()
-	time.Sleep(100 * time.Millisecond)
-	m.abort(reader)
-	if err := unix.Kill(server, unix.SIGCONT); err != nil {
-		t.Fatal(err)
+	for _, transport := range []string{"dev", "uring"} {
+		t.Run(transport, func(t *testing.T) {
+			if transport == "uring" {
+				imgtest.RequireURing(t)
+			}
+			image := createQcow2(t, workDir(t), 16<<20, false)
+			m := mountImage(t, image, "-w", "--transport", transport)
+			server := serverPID(t, m.dir)
+			imgtest.Stop(t, server)
+			reader := make(chan error, 1)
+			go func() {
+				_, err := os.ReadFile(m.file())
+				reader <- err
+			}()
+			time.Sleep(100 * time.Millisecond)
+			m.abort()
+			if transport == "dev" {
+				ended(t, reader)
+			}
+			if err := unix.Kill(server, unix.SIGCONT); err != nil {
+				t.Fatal(err)
+			}
+			if transport == "uring" {
+				ended(t, reader)
+			}
+			for range 500 { // the server goes, and with it its lock
+				if unix.Kill(server, 0) != nil {
+					break
+				}
+				time.Sleep(10 * time.Millisecond)
+			}
+			second := mountImage(t, image, "-w")
+			second.unmount()
+			checkQcow2(t, image, true)
+		})
 	}
-	for range 500 { // the server goes, and with it its lock
-		if unix.Kill(server, 0) != nil {
-			break
-		}
-		time.Sleep(10 * time.Millisecond)
-	}
-	second := mountImage(t, image, "-w")
-	second.unmount()
-	checkQcow2(t, image, true)
 }
 
 // TestShrinkingImage: a file that becomes shorter while it is mounted is an

@@ -174,7 +174,8 @@ func TestHungBackend(t *testing.T) {
 			reader <- err
 		}()
 		<-reached
-		m.abort(reader)
+		m.abort()
+		ended(t, reader)
 		answer()
 		checkQcow2(t, filepath.Join(below, "top.qcow2"), true)
 	})

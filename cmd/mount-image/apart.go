@@ -1,57 +1,85 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
+	"slices"
 	"time"
 
 	"github.com/imagestack/imagestack/internal/cli"
 )
 
-// apartEnv tells a process that it is the one that apart has started.
+// apartEnv tells a process that startApart has started it.
 const apartEnv = "IMAGESTACK_APART"
 
 // isApart reports whether this process may ask a server and wait.
 func isApart() bool { return os.Getenv(apartEnv) != "" }
 
-// hangPatience is how long apart lets an interrupted process go on.
+// hangPatience is how long an interrupted process may go on.
 const hangPatience = time.Second
 
-// apart runs this command line in a process of its own, and does not wait for
-// it any longer soon after ctx has ended. Asking a server that hangs is a
-// system call that signals to us do not end; over io_uring not even our exit
-// does, and the shell would wait with us.
-func apart(ctx context.Context) error {
-	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), apartEnv+"=1")
-	// Through pipes of ours: it may outlive us, and whoever reads what we say
-	// would wait with it.
-	cmd.Stdout, cmd.Stderr = struct{ io.Writer }{os.Stdout}, struct{ io.Writer }{os.Stderr}
-	if err := cmd.Start(); err != nil {
-		return err
+// apart is mount-image -u of one directory in a process of its own. Asking a
+// server that hangs is a system call that signals to us do not end; over
+// io_uring not even our exit does, and the shell would wait with us.
+type apart struct {
+	cmd      *exec.Cmd
+	out, err bytes.Buffer
+	done     chan error // gets what cmd.Wait returns
+}
+
+func startApart(dir string, force bool) (*apart, error) {
+	args := []string{"-u", "--", dir}
+	if force {
+		args = slices.Insert(args, 1, "--force")
 	}
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
-	select {
-	case err := <-done:
-		return said(err)
-	case <-ctx.Done():
+	a := &apart{cmd: exec.Command("/proc/self/exe", args...), done: make(chan error, 1)}
+	a.cmd.Args[0] = os.Args[0]
+	a.cmd.Env = append(os.Environ(), apartEnv+"=1")
+	a.cmd.Stdout, a.cmd.Stderr = &a.out, &a.err
+	if err := a.cmd.Start(); err != nil {
+		return nil, err
 	}
+	go func() { a.done <- a.cmd.Wait() }()
+	return a, nil
+}
+
+// end passes on what the process said and its exit code.
+func (a *apart) end(err error) error {
+	_, _ = a.out.WriteTo(os.Stdout) // as Println does
+	_, _ = a.err.WriteTo(os.Stderr)
+	return said(err)
+}
+
+// interrupted waits a moment longer, because ctx has ended.
+func (a *apart) interrupted(ctx context.Context) error {
 	// A signal of the terminal has reached it already, one to us alone has not.
 	var caught cli.SignalError
 	if errors.As(context.Cause(ctx), &caught) {
-		_ = cmd.Process.Signal(caught.Signal) // it may have ended
+		_ = a.cmd.Process.Signal(caught.Signal) // it may have ended
 	}
 	select {
-	case err := <-done:
-		return said(err)
+	case err := <-a.done:
+		return a.end(err)
 	case <-time.After(hangPatience):
 		return fmt.Errorf("the server of the mount does not answer: %w", context.Cause(ctx))
+	}
+}
+
+// unmountApart is unmount without waiting for what signals do not end.
+func unmountApart(ctx context.Context, dir string) error {
+	a, err := startApart(dir, false)
+	if err != nil {
+		return err
+	}
+	select {
+	case err := <-a.done:
+		return a.end(err)
+	case <-ctx.Done():
+		return a.interrupted(ctx)
 	}
 }
 

@@ -13,19 +13,26 @@ import (
 	"github.com/imagestack/imagestack/internal/mounttab"
 )
 
+// abortPatience is how long a process that has asked the server may take to
+// hear that the mount was aborted.
+const abortPatience = 2 * time.Second
+
 // unmountForced is mount-image -u --force. A server that does not answer (its
 // disk hangs, or it was stopped) gets forcePatience; then its mount is aborted,
-// which ends every system call that waits for it, and the rest is cleaned up
-// as after a dead server. What was not synced may be lost, and that is an
-// error.
+// which ends every system call that waits for it (over io_uring those that the
+// server has been given end when it is killed or goes on), and the rest is
+// cleaned up as after a dead server. What was not synced may be lost, and that
+// is an error.
 func unmountForced(ctx context.Context, arg string) error {
-	done := make(chan error, 1)
-	go func() { done <- unmount(ctx, arg, true) }()
-	select {
-	case err := <-done:
+	a, err := startApart(arg, true)
+	if err != nil {
 		return err
+	}
+	select {
+	case err := <-a.done:
+		return a.end(err)
 	case <-ctx.Done():
-		return context.Cause(ctx)
+		return a.interrupted(ctx)
 	case <-time.After(forcePatience + 2*time.Second): // it has a patience of its own
 	}
 	// To look at the directory itself would be to ask the server.
@@ -40,9 +47,8 @@ func unmountForced(ctx context.Context, arg string) error {
 			"kill the server, or do it as root")
 	}
 	select {
-	case err := <-done:
-		_ = err // what it says of an aborted mount helps nobody
-	case <-time.After(forcePatience):
+	case <-a.done: // what it says of an aborted mount helps nobody
+	case <-time.After(abortPatience):
 	}
 	return fmt.Errorf("%s: the server did not answer, and the mount was aborted: what was not synced may be lost", arg)
 }

@@ -57,16 +57,14 @@ func run(ctx context.Context, f *flags) error {
 		if f.Image == "" {
 			return cli.Usage(errors.New("-u wants a directory"))
 		}
-		if !isApart() {
-			return apart(ctx)
+		if isApart() {
+			return unmount(ctx, f.Image, f.Force)
 		}
 		dirs := slices.DeleteFunc(append([]string{f.Image, f.Dir}, f.More...), func(d string) bool { return d == "" })
-		return unmountAll(ctx, dirs, func(ctx context.Context, dir string) error {
-			if f.Force {
-				return unmountForced(ctx, dir)
-			}
-			return unmount(ctx, dir, false)
-		})
+		if f.Force {
+			return unmountAll(ctx, dirs, unmountForced)
+		}
+		return unmountAll(ctx, dirs, unmountApart)
 	}
 	if f.Image == "" || f.Dir == "" || len(f.More) > 0 {
 		return cli.Usage(errors.New("want an image and a directory"))
