@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -36,21 +37,31 @@ func TestFaults(t *testing.T) {
 		out, _ := cmd.CombinedOutput() // the exit code is looked at
 		return cmd.ProcessState.ExitCode(), string(out)
 	}
+	var mu sync.Mutex // also of what is looked at when the program has ended
 	var seen []faultfs.Op
-	f.Set(func(o faultfs.Op) faultfs.Verdict { seen = append(seen, o); return faultfs.Verdict{} })
+	f.Set(func(o faultfs.Op) faultfs.Verdict {
+		mu.Lock()
+		defer mu.Unlock()
+		seen = append(seen, o)
+		return faultfs.Verdict{}
+	})
 	if exit, out := sh(`printf 0123456789 > "$1" && sync "$1" && cat "$1" && mv "$1" "$1.new" && rm "$1.new"`); exit != 0 || out != "0123456789" {
 		t.Fatalf("without faults: exit %d, %q", exit, out)
 	}
+	mu.Lock()
 	var kinds []string
 	for _, o := range seen {
 		kinds = append(kinds, string(o.Kind))
 	}
+	mu.Unlock()
 	if got := strings.Join(kinds, " "); !strings.HasPrefix(got, "create write ") || !strings.Contains(got, "sync") || !strings.HasSuffix(got, "rename remove") {
 		t.Errorf("seen: %s", got)
 	}
 	at := func(k faultfs.Kind, v faultfs.Verdict) {
 		done := false
 		f.Set(func(o faultfs.Op) faultfs.Verdict {
+			mu.Lock()
+			defer mu.Unlock()
 			if o.Kind != k || done {
 				return faultfs.Verdict{}
 			}
