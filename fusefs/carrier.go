@@ -19,6 +19,7 @@ import (
 const (
 	opRead  = 15
 	opWrite = 16
+	opFsync = 20
 	opInit  = 26
 )
 
@@ -48,6 +49,10 @@ type carrier struct {
 	// epoch: the host made one wait, for room in its page cache or for its
 	// journal, and reads must not wait behind the next ones.
 	rest atomic.Int64
+	// syncRest is until when no sync is made in place, as rest.
+	syncRest atomic.Int64
+	// reads tells that something was read since the last sync.
+	reads atomic.Bool
 }
 
 const (
@@ -57,6 +62,8 @@ const (
 	// slowWrite is how long a write in place may take without any being made
 	// for the time of writeRest.
 	slowWrite, writeRest = 500 * time.Microsecond, 50 * time.Millisecond
+	// slowSync and syncRest are the same of syncs.
+	slowSync, syncRest = 2 * time.Millisecond, 500 * time.Millisecond
 )
 
 // newCarrier answers requests of a kernel that srv has settled the protocol
@@ -84,7 +91,8 @@ func span(op []byte) (off uint64, size uint32) {
 	return binary.NativeEndian.Uint64(op[8:]), binary.NativeEndian.Uint32(op[16:])
 }
 
-// Try answers reads of what is in memory and writes into what has a place.
+// Try answers reads of what is in memory, writes into what has a place, and
+// syncs that are likely to be quick.
 func (c *carrier) Try(r *uring.Request) bool {
 	f := c.fs.file(r.Node())
 	if f == nil {
@@ -95,6 +103,8 @@ func (c *carrier) Try(r *uring.Request) bool {
 		return c.tryRead(r, f)
 	case opWrite:
 		return c.tryWrite(r, f)
+	case opFsync:
+		return c.trySync(r)
 	}
 	return false
 }
@@ -102,6 +112,9 @@ func (c *carrier) Try(r *uring.Request) bool {
 func (c *carrier) tryRead(r *uring.Request, f *file) bool {
 	cached, ok := f.dev.(CachedReader)
 	off, size := span(r.Op())
+	if !c.reads.Load() {
+		c.reads.Store(true)
+	}
 	if !ok || size > tryRead {
 		return false
 	}
@@ -135,6 +148,29 @@ func (c *carrier) tryWrite(r *uring.Request, f *file) bool {
 	}
 	c.fs.changed()
 	c.written(r, size)
+	return true
+}
+
+// trySync makes a sync in place while nobody reads and syncs are quick: to hand
+// it to a goroutine and to get the reply back takes as long as many a disk needs
+// for it, and who writes to the same file waits for it anyway, in the kernel.
+func (c *carrier) trySync(r *uring.Request) bool {
+	if c.reads.Swap(false) || !c.fs.writable {
+		return false
+	}
+	begin := time.Now()
+	if begin.UnixNano() < c.syncRest.Load() || !c.fs.gate.TryRLock() {
+		return false
+	}
+	defer c.fs.gate.RUnlock()
+	if c.fs.closed {
+		return false
+	}
+	status := c.fs.syncOpen()
+	if now := time.Now(); now.Sub(begin) > slowSync {
+		c.syncRest.Store(now.Add(syncRest).UnixNano())
+	}
+	r.Reply(0, int32(status))
 	return true
 }
 

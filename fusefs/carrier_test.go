@@ -7,6 +7,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/imagestack/imagestack/fusefs/uring"
 	"github.com/imagestack/imagestack/internal/imgtest"
 )
@@ -220,4 +222,65 @@ func TestTryWrite(t *testing.T) {
 		t.Fatal(err)
 	}
 	refused("after Shutdown", write(9, 0, memBlock))
+}
+
+// TestTrySync: a sync is made in place only while nobody reads and syncs are
+// quick, and its error is the reply.
+func TestTrySync(t *testing.T) {
+	dev := newMemDevice(4 * memBlock)
+	fs, err := New(dev, Options{FlushAfter: -1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := &carrier{fs: fs}
+	rest := int64(0)
+	try := func() (made bool, errno int32) {
+		t.Helper()
+		c.syncRest.Store(rest) // the machine may be busy
+		fs.changed()
+		before := dev.syncs
+		r := uring.NewRequest(opFsync, inoDisk, 0, 0, memBlock)
+		if tried := c.Try(r); tried != (dev.syncs == before+1) {
+			t.Fatalf("answered: %v, %d syncs", tried, dev.syncs-before)
+		} else if !tried {
+			return false, 0
+		}
+		return true, -int32(binary.NativeEndian.Uint32(r.Header()[4:]))
+	}
+	want := func(what string, made bool, errno unix.Errno) {
+		t.Helper()
+		if got, e := try(); got != made || e != int32(errno) {
+			t.Errorf("%s: made in place: %v, errno %d", what, got, e)
+		}
+	}
+	want("a sync", true, 0)
+	for _, off := range []uint64{memBlock, 0} { // cached and not
+		c.Try(uring.NewRequest(opRead, inoDisk, off, memBlock, memBlock))
+		want("after a read", false, 0)
+		want("and then", true, 0)
+	}
+	dev.syncErr = unix.EIO
+	want("one that fails", true, unix.EIO)
+	dev.syncErr = nil
+	want("after that", true, 0)
+	fs.gate.Lock()
+	want("during Shutdown", false, 0)
+	fs.gate.Unlock()
+	fs.writable = false
+	want("read-only", false, 0)
+	fs.writable = true
+	dev.wait = 2 * slowSync
+	before := time.Now().UnixNano()
+	want("a slow one", true, 0)
+	if c.syncRest.Load() < before+int64(syncRest) {
+		t.Error("a sync that took long has no consequence")
+	}
+	dev.wait = 0
+	rest = time.Now().Add(time.Hour).UnixNano()
+	want("after a slow one", false, 0)
+	rest = 0
+	if err := fs.Shutdown(); err != nil {
+		t.Fatal(err)
+	}
+	want("after Shutdown", false, 0)
 }

@@ -116,6 +116,11 @@ func (fs *FS) sync() fuse.Status {
 		return st
 	}
 	defer fs.gate.RUnlock()
+	return fs.syncOpen()
+}
+
+// syncOpen is sync for who holds the gate.
+func (fs *FS) syncOpen() fuse.Status {
 	return fs.status(errors.Join(fs.flusher.failure(), fs.flusher.flush(fs.syncDevice)))
 }
 

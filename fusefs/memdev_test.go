@@ -102,6 +102,7 @@ func (d *memDevice) Sync(context.Context) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.syncs++
+	time.Sleep(d.wait)
 	if d.syncErr != nil {
 		return d.syncErr
 	}

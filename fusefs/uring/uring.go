@@ -33,8 +33,8 @@ import (
 // Handler answers requests. Each of its methods is called by several
 // goroutines at once.
 type Handler interface {
-	// Try answers r if it can without waiting for anything, and reports
-	// whether it did. It must not touch r otherwise.
+	// Try answers r if it can without holding up those behind it for long,
+	// and reports whether it did. It must not touch r otherwise.
 	Try(r *Request) bool
 	// Do answers r.
 	Do(r *Request)
