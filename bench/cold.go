@@ -38,27 +38,29 @@ func dropPages(paths []string) error {
 	return nil
 }
 
+// warmTries is how often files are read into the page cache: the kernel may
+// take pages away again while it makes room.
+const warmTries = 3
+
 // warmPages reads files into the page cache, unless they are there already.
 func warmPages(paths []string) error {
-	share, err := cachedShare(paths)
-	if err != nil || share >= warmLimit {
-		return err
-	}
-	for _, p := range paths {
-		if err := withFile(p, func(f *os.File) error {
-			_, err := io.Copy(io.Discard, struct{ io.Reader }{f}) // through memory, not by sendfile
-			return err
-		}); err != nil {
+	for try := 0; ; try++ {
+		share, err := cachedShare(paths)
+		if err != nil || share >= warmLimit {
 			return err
 		}
+		if try == warmTries {
+			return fmt.Errorf("only %.0f %% of the image stay in the page cache: the machine has too little memory for -size", share*100)
+		}
+		for _, p := range paths {
+			if err := withFile(p, func(f *os.File) error {
+				_, err := io.Copy(io.Discard, struct{ io.Reader }{f}) // through memory, not by sendfile
+				return err
+			}); err != nil {
+				return err
+			}
+		}
 	}
-	if share, err = cachedShare(paths); err != nil {
-		return err
-	}
-	if share < warmLimit {
-		return fmt.Errorf("only %.0f %% of the image stay in the page cache: the machine has too little memory for -size", share*100)
-	}
-	return nil
 }
 
 // cachedShare estimates the share of the data of files that is in the page
