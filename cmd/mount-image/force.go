@@ -47,7 +47,8 @@ func unmountForced(ctx context.Context, arg string) error {
 			"kill the server, or do it as root")
 	}
 	select {
-	case <-a.done: // what it says of an aborted mount helps nobody
+	case err := <-a.done:
+		_ = err // what it says of an aborted mount helps nobody
 	case <-time.After(abortPatience):
 	}
 	return fmt.Errorf("%s: the server did not answer, and the mount was aborted: what was not synced may be lost", arg)
