@@ -47,6 +47,19 @@ func startApart(dir string, force bool) (*apart, error) {
 	return a, nil
 }
 
+// wait waits until the process has ended, ctx has, or the time is up, if there
+// is one; ended is false in the last case.
+func (a *apart) wait(ctx context.Context, most <-chan time.Time) (ended bool, err error) {
+	select {
+	case err := <-a.done:
+		return true, a.end(err)
+	case <-ctx.Done():
+		return true, a.interrupted(ctx)
+	case <-most:
+		return false, nil
+	}
+}
+
 // end passes on what the process said and its exit code.
 func (a *apart) end(err error) error {
 	_, _ = a.out.WriteTo(os.Stdout) // as Println does
@@ -75,12 +88,8 @@ func unmountApart(ctx context.Context, dir string) error {
 	if err != nil {
 		return err
 	}
-	select {
-	case err := <-a.done:
-		return a.end(err)
-	case <-ctx.Done():
-		return a.interrupted(ctx)
-	}
+	_, err = a.wait(ctx, nil)
+	return err
 }
 
 // said is the result of another mount-image, which has told what was wrong.

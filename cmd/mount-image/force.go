@@ -28,12 +28,8 @@ func unmountForced(ctx context.Context, arg string) error {
 	if err != nil {
 		return err
 	}
-	select {
-	case err := <-a.done:
-		return a.end(err)
-	case <-ctx.Done():
-		return a.interrupted(ctx)
-	case <-time.After(forcePatience + 2*time.Second): // it has a patience of its own
+	if ended, err := a.wait(ctx, time.After(forcePatience+2*time.Second)); ended { // it has a patience of its own
+		return err
 	}
 	// To look at the directory itself would be to ask the server.
 	parent, err := mounttab.Resolve(filepath.Dir(filepath.Clean(arg)))
