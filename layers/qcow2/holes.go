@@ -3,7 +3,6 @@ package qcow2
 import (
 	"errors"
 	"io"
-	"math"
 )
 
 // fileHole is a range of the image file without storage, which reads as zeros.
@@ -13,6 +12,9 @@ type fileHole struct {
 	from, to int64
 	back     int64 // how far in front of the last table its beginning was looked for
 }
+
+// has reports whether all of [off, off+n) is in the hole.
+func (h *fileHole) has(off, n int64) bool { return h.from <= off && off+n <= h.to }
 
 // noteHole looks whether the table at off begins a hole. Only for images that
 // are opened for reading: what is written makes holes smaller.
@@ -34,10 +36,10 @@ func (img *Image) noteHole(off int64) {
 // one that was met before. Where a hole begins cannot be asked, and tables may
 // go down through it: so it is looked for, twice as far each time.
 func (img *Image) holeAt(off int64, last fileHole) fileHole {
-	h := fileHole{from: off, to: img.dataBehind(off, math.MaxInt64)}
+	h := fileHole{from: off, to: img.dataBehind(off)}
 	if off < last.from && h.to == last.to {
 		h.back = min(max(2*last.back, img.clusterSize), off)
-		if from := off - h.back; img.dataBehind(from, math.MaxInt64) == h.to {
+		if from := off - h.back; img.dataBehind(from) == h.to {
 			h.from = from
 		} else {
 			h.back = 0
@@ -47,9 +49,9 @@ func (img *Image) holeAt(off int64, last fileHole) fileHole {
 }
 
 // dataBehind is the first byte of the image file at or behind off that may not
-// be zero, at most end: off itself when that is not known. Only who knows that
-// nothing is written there may go by it.
-func (img *Image) dataBehind(off, end int64) int64 {
+// be zero: off itself when that is not known. Only who knows that nothing is
+// written there may go by it.
+func (img *Image) dataBehind(off int64) int64 {
 	data, err := img.f.SeekData(off)
 	if errors.Is(err, io.EOF) {
 		data, err = img.refreshEnd(img.f), nil
@@ -57,13 +59,13 @@ func (img *Image) dataBehind(off, end int64) int64 {
 	if err != nil {
 		return off
 	}
-	return max(off, min(data, end))
+	return max(off, data)
 }
 
 // inHole reports whether the table is known to lie in a hole.
 func (img *Image) inHole(table int64) bool {
 	h := img.hole.Load()
-	return h != nil && h.from <= table && table+img.clusterSize <= h.to
+	return h != nil && h.has(table, img.clusterSize)
 }
 
 // stillHoles finds tables that lie in holes of the image file, for a walk

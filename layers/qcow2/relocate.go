@@ -312,7 +312,7 @@ func (img *Image) Counted(ctx context.Context, visit func(off, n int64) error) e
 		if !seen.CheckedAdd(entry >> img.clusterBits) {
 			return img.corrupt(at, "refcount table entry", entry, "another entry names the same block")
 		}
-		if hole.from <= int64(entry) && int64(entry)+img.clusterSize <= hole.to {
+		if hole.has(int64(entry), img.clusterSize) {
 			return nil
 		}
 		if err := img.readMeta(block, int64(entry), "refcount block"); err != nil {

@@ -415,11 +415,10 @@ func (r *refcounts) nothing(page int64, hole *fileHole) (bool, error) {
 	if off == 0 || err != nil {
 		return err == nil, err
 	}
-	end := off + r.pageBytes
-	if off < hole.from || end > hole.to {
+	if !hole.has(off, r.pageBytes) {
 		*hole = r.img.holeAt(off, *hole)
 	}
-	if end <= hole.to {
+	if hole.has(off, r.pageBytes) {
 		return true, nil
 	}
 	p, err := r.page(page)
