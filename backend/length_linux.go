@@ -17,8 +17,8 @@ var ErrShrunk = errors.New("another program has made the file shorter")
 // like a success and what was cut off would read as zeros. So a file that is
 // written to remembers a length that it must have: it had it when it was
 // opened, or has reached it by our own changes. A write, a copy or a sync that
-// finds it shorter fails, and so do all after it. This costs a fstat(2) for
-// each. Between that and the write the file may still be cut off: what guards
+// finds it shorter fails, and so do all after it. This costs an lseek(2)
+// for each. Between that and the write the file may still be cut off: what guards
 // images against other programs are the locks, this is for those that do not
 // ask.
 
@@ -29,25 +29,33 @@ type length struct {
 	cut   bool
 }
 
-// stat is one fstat. It is pooled together with its closure, so that a write
-// does not allocate.
-type stat struct {
-	st   unix.Stat_t
+// end is one question for the length of a file. It is pooled together with its
+// closure, so that a write does not allocate.
+type end struct {
+	size int64
 	err  error
 	call func(fd uintptr)
 }
 
-var stats = sync.Pool{New: func() any {
-	s := &stat{}
-	s.call = func(fd uintptr) {
-		for {
-			if s.err = unix.Fstat(int(fd), &s.st); s.err != unix.EINTR {
-				return
-			}
+var ends = sync.Pool{New: func() any {
+	e := &end{}
+	e.call = func(fd uintptr) { e.size, e.err = endOf(int(fd)) }
+	return e
+}}
+
+// endOf returns the length of a file or a block device, and moves the file
+// offset, which nobody uses. It is no fstat(2): that also reads the time of the
+// last change, and since Linux 6.13 a time that somebody has seen must not be
+// given twice (multigrain timestamps), so that the next write has to change the
+// inode, and the next fdatasync(2) to write it.
+func endOf(fd int) (int64, error) {
+	for {
+		size, err := unix.Seek(fd, 0, unix.SEEK_END)
+		if err != unix.EINTR {
+			return size, err
 		}
 	}
-	return s
-}}
+}
 
 // guarded tells whether the file's length is watched.
 func (o *osFile) guarded() bool { return !o.block && o.direct == nil }
@@ -59,14 +67,14 @@ func (o *osFile) whole(op string) error {
 	}
 	o.length.mu.Lock()
 	defer o.length.mu.Unlock()
-	s := stats.Get().(*stat)
-	defer stats.Put(s)
-	if err := o.raw.Control(s.call); err != nil || s.err != nil {
+	e := ends.Get().(*end)
+	defer ends.Put(e)
+	if err := o.raw.Control(e.call); err != nil || e.err != nil {
 		return nil // the operation itself will tell
 	}
-	if o.length.cut || s.st.Size < o.length.least {
+	if o.length.cut || e.size < o.length.least {
 		o.length.cut = true
-		return pathErr(op, o.name, fmt.Errorf("%w: %d bytes are left of %d (%w)", ErrShrunk, s.st.Size, o.length.least, unix.EIO))
+		return pathErr(op, o.name, fmt.Errorf("%w: %d bytes are left of %d (%w)", ErrShrunk, e.size, o.length.least, unix.EIO))
 	}
 	return nil
 }

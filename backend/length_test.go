@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -59,4 +60,52 @@ func TestShrunk(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Asking for the length leaves the times of a file alone: after an fstat(2) the
+// kernel has to give the next write a time of its own (multigrain timestamps,
+// Linux 6.13), and every fdatasync(2) would write the inode besides the data.
+// Where nobody has asked, writes of one tick of the clock share its time.
+func TestWriteAsksForNoTime(t *testing.T) {
+	dir := t.TempDir()
+	plain, err := os.Create(filepath.Join(dir, "plain"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer plain.Close()
+	path := filepath.Join(dir, "ours")
+	if err := os.WriteFile(path, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	ours, err := backend.Open(path, backend.Options{Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ours.Close()
+	b := make([]byte, 512)
+	write := func() {
+		if _, err := plain.WriteAt(b, 0); err != nil {
+			t.Fatal(err)
+		}
+		for range 2 { // a tick's first write has the time of the tick in any case
+			if _, err := ours.WriteAt(b, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	var a, o time.Time
+	for range 50 {
+		write()                           // after the questions below, each with a time of its own
+		time.Sleep(20 * time.Millisecond) // to the next tick
+		write()
+		sa, err1 := plain.Stat()
+		so, err2 := os.Stat(path)
+		if err := errors.Join(err1, err2); err != nil {
+			t.Fatal(err)
+		}
+		if a, o = sa.ModTime(), so.ModTime(); a.Equal(o) {
+			return // else a tick may have come between the two
+		}
+	}
+	t.Errorf("a plain write at %v, ours at %v: they never share a tick", a, o)
 }

@@ -308,13 +308,7 @@ func (o *osFile) Size() (int64, error) {
 func (o *osFile) size() (int64, error) {
 	var size int64
 	err := o.control(func(fd int) (err error) {
-		if o.block {
-			size, err = unix.Seek(fd, 0, unix.SEEK_END)
-			return err
-		}
-		var st unix.Stat_t
-		err = unix.Fstat(fd, &st)
-		size = st.Size
+		size, err = endOf(fd)
 		return err
 	})
 	return size, pathErr("size", o.name, err)
