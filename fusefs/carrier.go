@@ -62,8 +62,10 @@ const (
 	// slowWrite is how long a write in place may take without any being made
 	// for the time of writeRest.
 	slowWrite, writeRest = 500 * time.Microsecond, 50 * time.Millisecond
-	// slowSync and syncRest are the same of syncs.
-	slowSync, syncRest = 2 * time.Millisecond, 500 * time.Millisecond
+	// slowSync and syncRest are the same of syncs. Who makes one waits for it in
+	// the kernel with the file locked, so that only reads can be held up, and
+	// with reads about none is made in place.
+	slowSync, syncRest = 30 * time.Millisecond, 500 * time.Millisecond
 )
 
 // newCarrier answers requests of a kernel that srv has settled the protocol

@@ -3,6 +3,7 @@ package uring
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"sync"
 	"time"
 
@@ -33,6 +34,13 @@ const page = 4096
 
 // someRequests are counted before the clock is read.
 const someRequests = 8
+
+// turn is how long the thread of a queue keeps Go's scheduler waiting. To the
+// scheduler a goroutine that goes from one system call to the next without ever
+// giving way is one that runs for too long: after 10 ms (forcePreemptNS of the
+// runtime) its monitor thread wakes up every 20 µs to take the processor away
+// in each of these calls, and wakes other threads for it.
+const turn = 4 * time.Millisecond
 
 // wakeUp is the user data of the wait for the eventfd.
 const wakeUp = ^uint64(0)
@@ -139,6 +147,7 @@ func (q *queue) loop(conn int, h Handler, where *affinity) {
 	var drain [8]byte
 	start := time.Now()
 	taken := 0
+	var yielded time.Duration
 	for left := len(q.places); left > 0; {
 		if q.ring.wait() != nil {
 			return // the ring itself is broken; the kernel ends the connection with the process
@@ -168,8 +177,13 @@ func (q *queue) loop(conn int, h Handler, where *affinity) {
 			}
 		}
 		if taken >= someRequests {
-			where.note(taken, time.Since(start))
+			now := time.Since(start)
+			where.note(taken, now)
 			taken = 0
+			if now-yielded > turn {
+				runtime.Gosched()
+				yielded = now
+			}
 		}
 		q.mu.Lock()
 		q.list, q.took = q.took[:0], q.list
