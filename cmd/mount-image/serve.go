@@ -165,6 +165,7 @@ func (srv *server) start(ctx context.Context) (err error) {
 	if srv.fs, err = fusefs.New(srv.stack, options); err != nil {
 		return err
 	}
+	moreProcessors()
 	if err := srv.attach(whole); err != nil {
 		return errors.Join(err, srv.fs.Shutdown())
 	}
