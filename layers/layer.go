@@ -48,9 +48,11 @@ type Layer interface {
 	Data() backend.File
 
 	// Unpack decompresses the cluster of which e, an extent of Kind Packed
-	// returned by Lookup, is a part. len(dst) is Granule(). Damage in the
-	// payload is an ErrCorrupt, never short or zero-filled output.
-	Unpack(ctx context.Context, e blockmap.Extent, dst []byte) error
+	// returned by Lookup, is a part, and fills dst with its bytes from within
+	// on; from 0 on with len(dst) Granule() is the whole. Damage in the payload
+	// up to there is an ErrCorrupt, never short or zero-filled output; what
+	// lies behind may not be looked at.
+	Unpack(ctx context.Context, e blockmap.Extent, within int64, dst []byte) error
 
 	// Describe tells what image-stack info shows of this layer. It may read
 	// the whole map, within OpenOptions.MaxTables.

@@ -35,6 +35,7 @@ type Stack struct {
 	pile   *blockmap.Overlay // all layers
 	spans  *spans            // all layers, or those under the editor; nil when there are none
 	packed []Owner           // decompressed clusters, per layer
+	parts  *touched          // compressed clusters of which a part was read
 	flat   backend.File      // set when reads need no lookup
 	top    Editor            // nil when read-only
 	below  lower
@@ -52,7 +53,7 @@ func NewStack(pile []Layer, o StackOptions) (*Stack, error) {
 	if cache == nil {
 		cache = NewCache(DefaultCacheSize)
 	}
-	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile)), also: o.Closers}
+	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile)), parts: new(touched), also: o.Closers}
 	maps := make([]blockmap.Map, len(pile))
 	for i, l := range pile {
 		maps[i] = l
@@ -71,7 +72,7 @@ func NewStack(pile []Layer, o StackOptions) (*Stack, error) {
 		s.below = lower{s}
 	} else {
 		s.spans = newSpans(s.pile, 0, cache)
-		under := &Stack{layers: pile, size: s.size, packed: s.packed}
+		under := &Stack{layers: pile, size: s.size, packed: s.packed, parts: s.parts}
 		if len(maps) > 1 {
 			under.spans = newSpans(blockmap.NewOverlay(maps[1:]...), 1, cache)
 		}
@@ -295,20 +296,23 @@ func (s *Stack) readPacked(ctx context.Context, l Layer, e blockmap.Extent, p []
 }
 
 // readPackedPart fills p from one cluster. A whole cluster is decompressed in
-// place; of others the decompressed cluster is kept, since its neighbours are
-// asked for next.
+// place. Of others the decompressed cluster is kept, since its neighbours are
+// asked for next; but not when a read in its middle is the first.
 func (s *Stack) readPackedPart(ctx context.Context, l Layer, e blockmap.Extent, p []byte, within int64) error {
 	cluster := l.Granule()
 	if int64(len(p)) == cluster {
-		return l.Unpack(ctx, e, p)
+		return l.Unpack(ctx, e, 0, p)
 	}
 	owner := s.packed[e.Layer]
 	page := owner.Get(e.Host)
+	if page == nil && !s.parts.again(e.Layer, e.Host) && within > 0 {
+		return l.Unpack(ctx, e, within, p)
+	}
 	if page == nil {
 		var err error
 		page, err = owner.Load(e.Host, func() (any, int64, error) {
 			b := make([]byte, cluster)
-			return b, cluster, l.Unpack(ctx, e, b)
+			return b, cluster, l.Unpack(ctx, e, 0, b)
 		})
 		if err != nil {
 			return err

@@ -17,13 +17,15 @@ import (
 )
 
 // fake is a layer made of clusters of all kinds over a Mem. Packed clusters
-// hold one byte that fills the cluster.
+// hold one byte, which is that at the beginning of the cluster; each half KiB
+// has the next one.
 type fake struct {
 	size, granule int64
 	kind          []blockmap.Kind
 	host          []int64
 	f             *backend.Mem
 	broken        bool // Unpack fails
+	unpacked      int64
 }
 
 func newFake(size, granule int64, r *rand.Rand, weights ...blockmap.Kind) *fake {
@@ -56,7 +58,7 @@ func (l *fake) Describe(context.Context) (layers.Info, error) {
 }
 func (l *fake) WalkHost(context.Context, func(layers.HostRange) error) error { return nil }
 
-func (l *fake) Unpack(_ context.Context, e blockmap.Extent, dst []byte) error {
+func (l *fake) Unpack(_ context.Context, e blockmap.Extent, within int64, dst []byte) error {
 	if l.broken {
 		return layers.ErrCorrupt
 	}
@@ -65,8 +67,9 @@ func (l *fake) Unpack(_ context.Context, e blockmap.Extent, dst []byte) error {
 		return err
 	}
 	for i := range dst {
-		dst[i] = b[0]
+		dst[i] = b[0] + byte((within+int64(i))/512)
 	}
+	l.unpacked += int64(len(dst))
 	return nil
 }
 
@@ -111,6 +114,9 @@ func (l *fake) content(off int64) (byte, bool) {
 		at += off % l.granule
 	}
 	_, _ = l.f.ReadAt(b[:], at)
+	if l.kind[c] == blockmap.Packed {
+		b[0] += byte(off % l.granule / 512)
+	}
 	return b[0], true
 }
 
@@ -318,6 +324,28 @@ func TestStackReadsJoinedPackedClusters(t *testing.T) {
 		got := bytes.Repeat([]byte{0xee}, 200_000)
 		if _, err := s.ReadAt(context.Background(), got, off); err != nil || !bytes.Equal(got, want[off:off+200_000]) {
 			t.Errorf("read at %d: wrong content (%v)", off, err)
+		}
+	}
+}
+
+// Reads in the middle of a compressed cluster: the first decompresses no more
+// than it asks for, the second the whole cluster, and then it is there. From
+// the beginning it is the first.
+func TestStackUnpacksOnce(t *testing.T) {
+	const cluster = 65536
+	l := newFake(4*cluster, cluster, rand.New(rand.NewPCG(1, 1)), p)
+	s, want := stackOf(t, []*fake{l}), modelOf([]*fake{l})
+	for _, step := range []struct{ off, unpacked int64 }{
+		{8192, 4096}, {12288, 4096 + cluster}, {0, 4096 + cluster}, {4096, 4096 + cluster},
+		{cluster, 4096 + 2*cluster}, {cluster + 4096, 4096 + 2*cluster},
+		{2*cluster + 4096, 8192 + 2*cluster}, {2 * cluster, 8192 + 3*cluster},
+	} {
+		got := make([]byte, 4096)
+		if _, err := s.ReadAt(context.Background(), got, step.off); err != nil || !bytes.Equal(got, want[step.off:step.off+4096]) {
+			t.Fatalf("read at %d: wrong content (%v)", step.off, err)
+		}
+		if l.unpacked != step.unpacked {
+			t.Fatalf("after the read at %d: %d bytes decompressed, want %d", step.off, l.unpacked, step.unpacked)
 		}
 	}
 }

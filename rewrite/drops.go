@@ -164,7 +164,7 @@ func (d *drops) isZero(ctx context.Context, c blockmap.Extent) (bool, error) {
 		if err := d.pace(int64(c.PackedLen)); err != nil {
 			return false, err
 		}
-		err := d.layer.Unpack(ctx, c, d.buf)
+		err := d.layer.Unpack(ctx, c, 0, d.buf)
 		if errors.Is(err, layers.ErrCorrupt) {
 			return false, nil // it stays as it is
 		}
@@ -239,12 +239,7 @@ func (d *drops) sameAsBelow(ctx context.Context, c blockmap.Extent) (bool, error
 // read fills p with what a cluster shows that is packed or stored in parts.
 func (d *drops) read(ctx context.Context, c blockmap.Extent, p []byte) error {
 	if c.Kind == blockmap.Packed {
-		whole := d.buf
-		if err := d.layer.Unpack(ctx, c, whole); err != nil {
-			return err
-		}
-		copy(p, whole)
-		return nil
+		return d.layer.Unpack(ctx, c, 0, p)
 	}
 	var room [1]blockmap.Extent
 	for at := c.Guest; at < c.End(); {

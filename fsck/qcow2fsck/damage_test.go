@@ -48,7 +48,7 @@ func content(f backend.File, dir string, base []byte) ([]byte, error) {
 					return nil, err
 				}
 			case blockmap.Packed:
-				if err := img.Unpack(ctx, e, cluster); err != nil {
+				if err := img.Unpack(ctx, e, 0, cluster); err != nil {
 					return nil, err
 				}
 				copy(dst, cluster[e.Guest%img.Granule():])

@@ -132,7 +132,7 @@ func (i *Image) Parent() layers.Parent { return layers.Parent{} }
 
 // Unpack fails: no extent of a ploop image is Packed (the Compressed of a
 // descriptor means "not raw").
-func (i *Image) Unpack(context.Context, blockmap.Extent, []byte) error {
+func (i *Image) Unpack(context.Context, blockmap.Extent, int64, []byte) error {
 	return fmt.Errorf("%s: %w: a ploop image has no compressed clusters", i.path, layers.ErrUnsupported)
 }
 

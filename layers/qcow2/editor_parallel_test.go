@@ -136,7 +136,7 @@ func readSector(img *Image, at int64, cluster []byte) ([]byte, error) {
 	case blockmap.Data:
 		err = img.readData(p, e.Host)
 	case blockmap.Packed:
-		err = img.Unpack(context.Background(), e, cluster)
+		err = img.Unpack(context.Background(), e, 0, cluster)
 		copy(p, cluster[at&(img.Granule()-1):])
 	}
 	return p, err

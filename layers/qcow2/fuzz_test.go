@@ -119,7 +119,7 @@ func explore(t *testing.T, b, data []byte, snapshot string) {
 			}
 			if e.Kind == blockmap.Packed && unpacked < 20 {
 				unpacked++
-				_ = img.Unpack(ctx, e, cluster)
+				_ = img.Unpack(ctx, e, 0, cluster)
 			}
 			pos = e.End()
 		}

@@ -83,7 +83,7 @@ func readAll(img *Image, below []byte) ([]byte, error) {
 				return nil, fmt.Errorf("extent %+v: %w", e, err)
 			}
 		case blockmap.Packed:
-			if err := img.Unpack(context.Background(), e, cluster); err != nil {
+			if err := img.Unpack(context.Background(), e, 0, cluster); err != nil {
 				return nil, err
 			}
 			copy(dst, cluster[e.Guest%img.Granule():])

@@ -295,7 +295,7 @@ func BenchmarkUnpack(b *testing.B) {
 			b.ReportAllocs()
 			b.SetBytes(4096)
 			for b.Loop() {
-				if err := img.Unpack(context.Background(), got[0], dst); err != nil {
+				if err := img.Unpack(context.Background(), got[0], 0, dst); err != nil {
 					b.Fatal(err)
 				}
 			}

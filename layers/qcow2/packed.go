@@ -21,7 +21,8 @@ const maxZstdWindow = 8 << 20
 // unpacker decompresses one cluster at a time. Both decoders are made when
 // first needed and then used again.
 type unpacker struct {
-	buf   []byte
+	buf   []byte // compressed
+	room  []byte // what comes before a part
 	src   bytes.Reader
 	fl    io.ReadCloser
 	zs    *zstd.Decoder // of a stream
@@ -30,15 +31,15 @@ type unpacker struct {
 
 var unpackers = sync.Pool{New: func() any { return new(unpacker) }}
 
-// Unpack decompresses the cluster that e is a part of. Compressed data may
+// Unpack decompresses the cluster that e is a part of, see layers.Layer. Compressed data may
 // reach behind the end of the file, because its last sector need not be
 // padded; a stream that does not yield a whole cluster is ErrCorrupt, and what
 // follows a whole cluster is ignored (section Compressed Clusters Descriptor).
-func (img *Image) Unpack(ctx context.Context, e blockmap.Extent, dst []byte) error {
+func (img *Image) Unpack(ctx context.Context, e blockmap.Extent, within int64, dst []byte) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	if e.Kind != blockmap.Packed || int64(len(dst)) != img.clusterSize || e.Host < 0 ||
+	if e.Kind != blockmap.Packed || within < 0 || within > img.clusterSize-int64(len(dst)) || e.Host < 0 ||
 		int64(e.PackedLen) > 2*img.clusterSize+1 || !inFile(uint64(e.Host), uint64(e.PackedLen)) {
 		return img.errorf(-1, "", nil, fmt.Errorf("%w: not a compressed extent of this image: %+v", blockmap.ErrRange, e))
 	}
@@ -52,9 +53,30 @@ func (img *Image) Unpack(ctx context.Context, e blockmap.Extent, dst []byte) err
 	if err != nil && !errors.Is(err, io.EOF) {
 		return img.errorf(e.Host, "compressed cluster", nil, err)
 	}
-	if err := u.unpack(img.hdr.Compression(), buf[:n], dst); err != nil {
+	if err := u.part(img.hdr.Compression(), buf[:n], int(img.clusterSize), int(within), dst); err != nil {
 		return img.corrupt(e.Host, "compressed cluster", nil, err.Error())
 	}
+	return nil
+}
+
+// part fills dst with what follows the first bytes of a cluster of size bytes.
+// Of a deflate stream no more is decompressed than that; a zstd frame is mostly
+// one block, which is decompressed as a whole.
+func (u *unpacker) part(c CompressionType, src []byte, size, within int, dst []byte) error {
+	if len(dst) == size {
+		return u.unpack(c, src, dst)
+	}
+	if len(u.room) < size {
+		u.room = make([]byte, size)
+	}
+	end := size
+	if c == Deflate {
+		end = within + len(dst)
+	}
+	if err := u.unpack(c, src, u.room[:end]); err != nil {
+		return err
+	}
+	copy(dst, u.room[within:])
 	return nil
 }
 

@@ -23,31 +23,56 @@ func halfRandom(n int) []byte {
 	return b
 }
 
-// BenchmarkUnpackCluster decodes clusters of 64 KiB.
-func BenchmarkUnpackCluster(b *testing.B) {
-	src := halfRandom(64 << 10)
+// packedAs returns src as one compressed cluster of each type.
+func packedAs(t testing.TB, src []byte) map[CompressionType][]byte {
 	enc, err := zstd.NewWriter(nil)
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
 	var deflated bytes.Buffer
 	w, err := flate.NewWriter(&deflated, 6)
 	if err != nil {
-		b.Fatal(err)
+		t.Fatal(err)
 	}
 	_, _ = w.Write(src)
-	_ = w.Close()
-	for _, c := range []struct {
-		typ CompressionType
-		src []byte
-	}{{Zstd, enc.EncodeAll(src, nil)}, {Deflate, deflated.Bytes()}} {
-		b.Run(c.typ.String(), func(b *testing.B) {
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return map[CompressionType][]byte{Zstd: enc.EncodeAll(src, nil), Deflate: deflated.Bytes()}
+}
+
+// A part of a cluster is what the whole has there; one that reaches behind what
+// a stream holds is an error.
+func TestPart(t *testing.T) {
+	const size = 64 << 10
+	src := halfRandom(size)
+	r := rand.New(rand.NewPCG(5, 6))
+	for typ, b := range packedAs(t, src) {
+		var u unpacker
+		for range 200 {
+			within := r.IntN(size)
+			dst := make([]byte, r.IntN(size-within+1))
+			if err := u.part(typ, b, size, within, dst); err != nil || !bytes.Equal(dst, src[within:][:len(dst)]) {
+				t.Fatalf("%v: %d bytes at %d: %v", typ, len(dst), within, err)
+			}
+		}
+		if err := u.part(typ, b[:len(b)/2], size, size-512, make([]byte, 512)); err == nil {
+			t.Errorf("%v: the end of half a stream", typ)
+		}
+	}
+}
+
+// BenchmarkUnpackCluster decodes clusters of 64 KiB.
+func BenchmarkUnpackCluster(b *testing.B) {
+	src := halfRandom(64 << 10)
+	for typ, packed := range packedAs(b, src) {
+		b.Run(typ.String(), func(b *testing.B) {
 			var u unpacker
 			dst := make([]byte, len(src))
 			b.ReportAllocs()
 			b.SetBytes(int64(len(dst)))
 			for b.Loop() {
-				if err := u.unpack(c.typ, c.src, dst); err != nil {
+				if err := u.unpack(typ, packed, dst); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -335,7 +335,7 @@ func (w *clusterWrite) unpack(host int64) error {
 	b := *buf
 	ext := blockmap.Extent{Guest: w.guest, Len: img.clusterSize, Kind: blockmap.Packed, Host: int64(w.e.packed.off), PackedLen: w.e.packed.len}
 	if w.y-w.x < img.clusterSize {
-		if err := img.Unpack(w.ctx, ext, b); err != nil {
+		if err := img.Unpack(w.ctx, ext, 0, b); err != nil {
 			return err
 		}
 	}

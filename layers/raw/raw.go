@@ -112,7 +112,7 @@ func (i *Image) Parent() layers.Parent { return layers.Parent{} }
 func (i *Image) Readers() *layers.Readers { return &i.readers }
 
 // Unpack fails: no extent of a raw image is Packed.
-func (i *Image) Unpack(context.Context, blockmap.Extent, []byte) error {
+func (i *Image) Unpack(context.Context, blockmap.Extent, int64, []byte) error {
 	return fmt.Errorf("%s: %w: a raw image has no compressed clusters", i.path, layers.ErrUnsupported)
 }
 

@@ -169,7 +169,7 @@ func (e *refEditor) Granule() int64           { return e.gran }
 func (e *refEditor) Data() backend.File       { return e.f }
 func (e *refEditor) Readers() *layers.Readers { return &e.readers }
 
-func (e *refEditor) Unpack(context.Context, blockmap.Extent, []byte) error {
+func (e *refEditor) Unpack(context.Context, blockmap.Extent, int64, []byte) error {
 	return layers.ErrUnsupported
 }
 

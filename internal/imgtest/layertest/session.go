@@ -410,12 +410,7 @@ func readExtent(ctx context.Context, l layers.Layer, below layers.Below, x block
 		}
 		return err
 	case blockmap.Packed:
-		cluster := make([]byte, l.Granule())
-		if err := l.Unpack(ctx, x, cluster); err != nil {
-			return err
-		}
-		copy(p, cluster[x.Guest%l.Granule():])
-		return nil
+		return l.Unpack(ctx, x, x.Guest%l.Granule(), p)
 	}
 	return fmt.Errorf("unknown kind %v", x.Kind)
 }
