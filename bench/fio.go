@@ -167,9 +167,9 @@ func parseFio(out []byte) (*fioResult, error) {
 	}, nil
 }
 
-// writeIOLog lists one write of 4 KiB to each run of stride bytes, in a random
-// order that is the same each time.
-func writeIOLog(path, file string, size, stride int64) error {
+// writeIOLog lists one write of 4 KiB to each of most runs of stride bytes, in a
+// random order that is the same each time.
+func writeIOLog(path, file string, size, stride, most int64) error {
 	n := size / stride
 	order := make([]int64, n)
 	for i := range order {
@@ -181,7 +181,7 @@ func writeIOLog(path, file string, size, stride int64) error {
 	}
 	var b strings.Builder
 	fmt.Fprintf(&b, "fio version 2 iolog\n%s add\n%s open\n", file, file)
-	for _, c := range order {
+	for _, c := range order[:min(n, most)] {
 		fmt.Fprintf(&b, "%s write %d 4096\n", file, c*stride)
 	}
 	fmt.Fprintf(&b, "%s close\n", file)

@@ -98,7 +98,7 @@ func TestJobFiles(t *testing.T) {
 
 func TestWriteIOLog(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "log")
-	if err := writeIOLog(path, "/disk", 64*100, 64); err != nil {
+	if err := writeIOLog(path, "/disk", 64*200, 64, 100); err != nil {
 		t.Fatal(err)
 	}
 	b, err := os.ReadFile(path)

@@ -182,30 +182,32 @@ func pageCacheBytes() (int64, error) {
 	return cached + buffers, err
 }
 
-// settleMemory fills n bytes of page cache (at most half of what is
-// available) with a file and forgets it again. In a virtual machine the first
+// settledMemory is how much of the page cache a run on a new image may fill,
+// in bytes: more than this a host that collects free memory takes back before
+// the run has begun.
+const settledMemory = 1 << 30
+
+// settleMemory fills n bytes of page cache with a file and forgets it again. In
+// a virtual machine the first
 // use of a page since the host last took it back costs ten times the write
 // that needs it; without this, whoever happens to get such pages loses a run
-// that fills the page cache. (Anonymous memory does not do: it is freed in
-// large blocks, which the page cache gets last.)
+// that fills the page cache. Anonymous memory does not do: it is freed in
+// large blocks, which the page cache gets last. The pieces are as long as those
+// that servers write, because the kernel takes a block of free memory about as
+// large as what is written at a time.
 func settleMemory(path string, n int64) (err error) {
-	b, err := os.ReadFile("/proc/meminfo")
-	if err != nil {
-		return err
-	}
-	available, err := parseKiB(string(b), "MemAvailable:")
-	if err != nil {
-		return err
-	}
 	f, err := os.Create(path)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close(), os.Remove(path)) }()
 	buf := make([]byte, 1<<20)
-	for off := int64(0); off < min(n, available/2); off += int64(len(buf)) {
-		if _, err := f.WriteAt(buf, off); err != nil {
-			return err
+	for off := int64(0); off < n; {
+		for _, piece := range []int64{64 << 10, 64 << 10, 128 << 10, 256 << 10, 512 << 10, 1 << 20} {
+			if _, err := f.WriteAt(buf[:piece], off); err != nil {
+				return err
+			}
+			off += piece
 		}
 	}
 	return nil

@@ -291,7 +291,8 @@ func (r *runner) onceFresh(ctx context.Context, l *line, s *subject, pair int) (
 	if err := r.serve(ctx, l, s); err != nil {
 		return nil, err
 	}
-	if err := settleMemory(r.store.path("memory"), whole.size+whole.size/8); err != nil {
+	fill := min(whole.size, settledMemory)
+	if err := settleMemory(r.store.path("memory"), fill+fill/8); err != nil {
 		return nil, err
 	}
 	stride := int64(0)
@@ -300,10 +301,11 @@ func (r *runner) onceFresh(ctx context.Context, l *line, s *subject, pair int) (
 	}
 	return r.onceServed(ctx, l, s, func(f *fioRun) error {
 		if stride == 0 {
+			f.size = fill
 			return nil
 		}
 		f.iolog = r.store.path("writes.log")
-		return writeIOLog(f.iolog, f.file, f.size, stride)
+		return writeIOLog(f.iolog, f.file, f.size, stride, fill/stride)
 	})
 }
 
