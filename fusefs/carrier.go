@@ -63,9 +63,9 @@ const (
 	// for the time of writeRest.
 	slowWrite, writeRest = 500 * time.Microsecond, 50 * time.Millisecond
 	// slowSync and syncRest are the same of syncs. Who makes one waits for it in
-	// the kernel with the file locked, so that only reads can be held up, and
-	// with reads about none is made in place.
-	slowSync, syncRest = 30 * time.Millisecond, 500 * time.Millisecond
+	// the kernel with the file locked, so that reads and other files of the mount
+	// can be held up; after a read the next one is not made in place.
+	slowSync, syncRest = 10 * time.Millisecond, 500 * time.Millisecond
 )
 
 // newCarrier answers requests of a kernel that srv has settled the protocol

@@ -35,7 +35,7 @@ type Stack struct {
 	pile   *blockmap.Overlay // all layers
 	spans  *spans            // all layers, or those under the editor; nil when there are none
 	packed []Owner           // decompressed clusters, per layer
-	parts  *touched          // compressed clusters of which a part was read
+	parts  touched           // compressed clusters of which a part was read
 	flat   backend.File      // set when reads need no lookup
 	top    Editor            // nil when read-only
 	below  lower
@@ -53,13 +53,14 @@ func NewStack(pile []Layer, o StackOptions) (*Stack, error) {
 	if cache == nil {
 		cache = NewCache(DefaultCacheSize)
 	}
-	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile)), parts: new(touched), also: o.Closers}
+	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile)), also: o.Closers}
 	maps := make([]blockmap.Map, len(pile))
 	for i, l := range pile {
 		maps[i] = l
 		s.packed[i] = cache.NewOwner()
 	}
 	s.pile = blockmap.NewOverlay(maps...)
+	s.parts = newTouched(cache.Budget(), s.pile.Granule())
 	if o.Writable {
 		top, ok := pile[0].(Editor)
 		if !ok {

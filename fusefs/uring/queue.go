@@ -148,6 +148,7 @@ func (q *queue) loop(conn int, h Handler, where *affinity) {
 	start := time.Now()
 	taken := 0
 	var yielded time.Duration
+	yield := false
 	for left := len(q.places); left > 0; {
 		if q.ring.wait() != nil {
 			return // the ring itself is broken; the kernel ends the connection with the process
@@ -180,8 +181,8 @@ func (q *queue) loop(conn int, h Handler, where *affinity) {
 			now := time.Since(start)
 			where.note(taken, now)
 			taken = 0
-			if now-yielded > turn {
-				runtime.Gosched()
+			yield = now-yielded > turn
+			if yield {
 				yielded = now
 			}
 		}
@@ -192,6 +193,11 @@ func (q *queue) loop(conn int, h Handler, where *affinity) {
 			if q.answer(conn, i) != nil {
 				return
 			}
+		}
+		if yield {
+			yield = false
+			_ = q.ring.submit() // nobody waits for a reply meanwhile; what it did not take is taken by wait
+			runtime.Gosched()
 		}
 	}
 }
