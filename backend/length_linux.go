@@ -3,6 +3,7 @@ package backend
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -17,8 +18,8 @@ var ErrShrunk = errors.New("another program has made the file shorter")
 // like a success and what was cut off would read as zeros. So a file that is
 // written to remembers a length that it must have: it had it when it was
 // opened, or has reached it by our own changes. A write, a copy or a sync that
-// finds it shorter fails, and so do all after it. This costs an lseek(2)
-// for each. Between that and the write the file may still be cut off: what guards
+// finds it shorter fails, and so do all after it. This costs an lseek(2) for
+// each. Between that and the write the file may still be cut off: what guards
 // images against other programs are the locks, this is for those that do not
 // ask.
 
@@ -39,22 +40,29 @@ type end struct {
 
 var ends = sync.Pool{New: func() any {
 	e := &end{}
-	e.call = func(fd uintptr) { e.size, e.err = endOf(int(fd)) }
+	e.call = func(fd uintptr) {
+		for {
+			if e.size, e.err = unix.Seek(int(fd), 0, unix.SEEK_END); e.err != unix.EINTR {
+				return
+			}
+		}
+	}
 	return e
 }}
 
-// endOf returns the length of a file or a block device, and moves the file
-// offset, which nobody uses. It is no fstat(2): that also reads the time of the
-// last change, and since Linux 6.13 a time that somebody has seen must not be
-// given twice (multigrain timestamps), so that the next write has to change the
+// size is the length of a file or a block device. It moves the file offset,
+// which nobody uses. It is no fstat(2): that also reads the time of the last
+// change, and since Linux 6.13 a time that somebody has seen must not be given
+// twice (multigrain timestamps), so that the next write has to change the
 // inode, and the next fdatasync(2) to write it.
-func endOf(fd int) (int64, error) {
-	for {
-		size, err := unix.Seek(fd, 0, unix.SEEK_END)
-		if err != unix.EINTR {
-			return size, err
-		}
+func (o *osFile) size() (int64, error) {
+	e := ends.Get().(*end)
+	defer ends.Put(e)
+	err := fs.ErrClosed
+	if o.raw.Control(e.call) == nil {
+		err = e.err
 	}
+	return e.size, pathErr("size", o.name, err)
 }
 
 // guarded tells whether the file's length is watched.
@@ -67,14 +75,13 @@ func (o *osFile) whole(op string) error {
 	}
 	o.length.mu.Lock()
 	defer o.length.mu.Unlock()
-	e := ends.Get().(*end)
-	defer ends.Put(e)
-	if err := o.raw.Control(e.call); err != nil || e.err != nil {
+	size, err := o.size()
+	if err != nil {
 		return nil // the operation itself will tell
 	}
-	if o.length.cut || e.size < o.length.least {
+	if o.length.cut || size < o.length.least {
 		o.length.cut = true
-		return pathErr(op, o.name, fmt.Errorf("%w: %d bytes are left of %d (%w)", ErrShrunk, e.size, o.length.least, unix.EIO))
+		return pathErr(op, o.name, fmt.Errorf("%w: %d bytes are left of %d (%w)", ErrShrunk, size, o.length.least, unix.EIO))
 	}
 	return nil
 }

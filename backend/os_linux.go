@@ -305,15 +305,6 @@ func (o *osFile) Size() (int64, error) {
 	return o.size()
 }
 
-func (o *osFile) size() (int64, error) {
-	var size int64
-	err := o.control(func(fd int) (err error) {
-		size, err = endOf(fd)
-		return err
-	})
-	return size, pathErr("size", o.name, err)
-}
-
 // Allocated is File; a block device counts as fully allocated.
 func (o *osFile) Allocated() (int64, error) {
 	if o.block {

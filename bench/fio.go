@@ -167,8 +167,8 @@ func parseFio(out []byte) (*fioResult, error) {
 	}, nil
 }
 
-// writeIOLog lists one write of 4 KiB to each of most runs of stride bytes, in a
-// random order that is the same each time.
+// writeIOLog lists one write of 4 KiB to each run of stride bytes, or to as many
+// of them as most says, in a random order that is the same each time.
 func writeIOLog(path, file string, size, stride, most int64) error {
 	n := size / stride
 	order := make([]int64, n)

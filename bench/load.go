@@ -189,11 +189,11 @@ const settledMemory = 1 << 30
 
 // settleMemory fills n bytes of page cache with a file and forgets it again. In
 // a virtual machine the first use of a page since the host last took it back
-// costs ten times the write that needs it; without this, whoever happens to get such pages loses a run
-// that fills the page cache. Anonymous memory does not do: it is freed in
-// large blocks, which the page cache gets last. The pieces are as long as those
-// that servers write, because the kernel takes a block of free memory about as
-// large as what is written at a time.
+// costs ten times the write that needs it; without this, whoever happens to get
+// such pages loses a run that fills the page cache. Anonymous memory does not
+// do: it is freed in large blocks, which the page cache gets last. The pieces
+// are as long as those that servers write, because the kernel takes a block of
+// free memory about as large as what is written at a time.
 func settleMemory(path string, n int64) (err error) {
 	f, err := os.Create(path)
 	if err != nil {

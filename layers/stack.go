@@ -306,10 +306,10 @@ func (s *Stack) readPackedPart(ctx context.Context, l Layer, e blockmap.Extent, 
 	}
 	owner := s.packed[e.Layer]
 	page := owner.Get(e.Host)
-	if page == nil && !s.parts.again(e.Layer, e.Host) && within > 0 {
-		return l.Unpack(ctx, e, within, p)
-	}
 	if page == nil {
+		if !s.parts.again(e.Layer, e.Host) && within > 0 {
+			return l.Unpack(ctx, e, within, p)
+		}
 		var err error
 		page, err = owner.Load(e.Host, func() (any, int64, error) {
 			b := make([]byte, cluster)

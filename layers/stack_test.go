@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"sync/atomic"
 	"testing"
 
 	"github.com/imagestack/imagestack/backend"
@@ -25,7 +26,7 @@ type fake struct {
 	host          []int64
 	f             *backend.Mem
 	broken        bool // Unpack fails
-	unpacked      int64
+	unpacked      atomic.Int64
 }
 
 func newFake(size, granule int64, r *rand.Rand, weights ...blockmap.Kind) *fake {
@@ -69,7 +70,7 @@ func (l *fake) Unpack(_ context.Context, e blockmap.Extent, within int64, dst []
 	for i := range dst {
 		dst[i] = b[0] + byte((within+int64(i))/512)
 	}
-	l.unpacked += int64(len(dst))
+	l.unpacked.Add(int64(len(dst)))
 	return nil
 }
 
@@ -344,8 +345,8 @@ func TestStackUnpacksOnce(t *testing.T) {
 		if _, err := s.ReadAt(context.Background(), got, step.off); err != nil || !bytes.Equal(got, want[step.off:step.off+4096]) {
 			t.Fatalf("read at %d: wrong content (%v)", step.off, err)
 		}
-		if l.unpacked != step.unpacked {
-			t.Fatalf("after the read at %d: %d bytes decompressed, want %d", step.off, l.unpacked, step.unpacked)
+		if n := l.unpacked.Load(); n != step.unpacked {
+			t.Fatalf("after the read at %d: %d bytes decompressed, want %d", step.off, n, step.unpacked)
 		}
 	}
 }

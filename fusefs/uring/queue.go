@@ -148,7 +148,6 @@ func (q *queue) loop(conn int, h Handler, where *affinity) {
 	start := time.Now()
 	taken := 0
 	var yielded time.Duration
-	yield := false
 	for left := len(q.places); left > 0; {
 		if q.ring.wait() != nil {
 			return // the ring itself is broken; the kernel ends the connection with the process
@@ -177,15 +176,6 @@ func (q *queue) loop(conn int, h Handler, where *affinity) {
 				p.wake <- struct{}{}
 			}
 		}
-		if taken >= someRequests {
-			now := time.Since(start)
-			where.note(taken, now)
-			taken = 0
-			yield = now-yielded > turn
-			if yield {
-				yielded = now
-			}
-		}
 		q.mu.Lock()
 		q.list, q.took = q.took[:0], q.list
 		q.mu.Unlock()
@@ -194,10 +184,15 @@ func (q *queue) loop(conn int, h Handler, where *affinity) {
 				return
 			}
 		}
-		if yield {
-			yield = false
-			_ = q.ring.submit() // nobody waits for a reply meanwhile; what it did not take is taken by wait
-			runtime.Gosched()
+		if taken >= someRequests {
+			now := time.Since(start)
+			where.note(taken, now)
+			taken = 0
+			if now-yielded > turn {
+				yielded = now
+				_ = q.ring.submit() // nobody waits for a reply meanwhile; what it did not take is taken by wait
+				runtime.Gosched()
+			}
 		}
 	}
 }

@@ -22,7 +22,7 @@ const maxZstdWindow = 8 << 20
 // first needed and then used again.
 type unpacker struct {
 	buf   []byte // compressed
-	room  []byte // what comes before a part
+	room  []byte // a cluster of which a part is wanted
 	src   bytes.Reader
 	fl    io.ReadCloser
 	zs    *zstd.Decoder // of a stream
@@ -31,9 +31,9 @@ type unpacker struct {
 
 var unpackers = sync.Pool{New: func() any { return new(unpacker) }}
 
-// Unpack decompresses the cluster that e is a part of, see layers.Layer. Compressed data may
-// reach behind the end of the file, because its last sector need not be
-// padded; a stream that does not yield a whole cluster is ErrCorrupt, and what
+// Unpack decompresses the cluster that e is a part of, see layers.Layer.
+// Compressed data may reach behind the end of the file, because its last sector
+// need not be padded; a stream that does not yield a whole cluster is ErrCorrupt, and what
 // follows a whole cluster is ignored (section Compressed Clusters Descriptor).
 func (img *Image) Unpack(ctx context.Context, e blockmap.Extent, within int64, dst []byte) error {
 	if err := ctx.Err(); err != nil {
