@@ -3,6 +3,7 @@ package layers
 import (
 	"context"
 	"math"
+	"sync/atomic"
 
 	"github.com/imagestack/imagestack/blockmap"
 )
@@ -14,7 +15,16 @@ type spans struct {
 	pile   *blockmap.Overlay
 	base   uint16 // position of the pile's first layer in the stack
 	owner  Owner
-	region int64 // bytes of guest space per cached page, a power of two
+	region int64       // bytes of guest space per cached page, a power of two
+	later  *background // resolves what a sequential reader will come to
+}
+
+// span is a resolved region.
+type span struct {
+	extents []blockmap.Extent
+	// order says that whoever comes here first is to have the regions behind
+	// resolved, as many as that.
+	order atomic.Int32
 }
 
 // spanRegion bounds of one page: extents are rarely finer than a host block,
@@ -25,12 +35,17 @@ const (
 	spanExtents   = 1024
 )
 
+// aheadRegions is how many regions are resolved before a sequential reader
+// comes to them: enough for the time in which a disk answers once for each of
+// many layers.
+const aheadRegions = 4
+
 // extentSize is what one extent of a cached page costs in bytes.
 const extentSize = 40
 
-func newSpans(pile *blockmap.Overlay, base int, cache *Cache) *spans {
+func newSpans(pile *blockmap.Overlay, base int, cache *Cache, later *background) *spans {
 	region := min(max(pile.Granule()*spanExtents, minSpanRegion), maxSpanRegion)
-	return &spans{pile: pile, base: uint16(base), owner: cache.NewOwner(), region: region}
+	return &spans{pile: pile, base: uint16(base), owner: cache.NewOwner(), region: region, later: later}
 }
 
 // add gives t the resolved extents from t.Next() up to end at most, as far as
@@ -84,24 +99,57 @@ func (s *spans) regionOf(index int64) (start, n int64) {
 	return start, min(s.region, math.MaxInt64-start)
 }
 
-// page is the resolved region with that number.
+// page is the resolved region with that number. Who comes to a region just
+// behind one that is known is a sequential reader until he does not come to
+// the next one.
 func (s *spans) page(ctx context.Context, index int64) ([]blockmap.Extent, error) {
 	page := s.owner.Get(index)
 	if page == nil {
-		// Resolving uses the same cache for the tables of the layers, hence
-		// Put; the layers do not change, so two that resolve the same region
-		// find the same.
-		start, n := s.regionOf(index)
-		found, err := s.pile.Resolve(ctx, start, n, nil)
-		if err != nil {
+		var order int32
+		if s.owner.Get(index-1) != nil {
+			order = 1
+		}
+		var err error
+		if page, err = s.resolve(ctx, index, order); err != nil {
 			return nil, err
 		}
-		for i := range found {
-			found[i].Layer += s.base
-		}
-		page = s.owner.Put(index, found, int64(cap(found))*extentSize)
 	}
-	return page.Value.([]blockmap.Extent), nil
+	p := page.Value.(*span)
+	if p.order.Load() != 0 {
+		if n := p.order.Swap(0); n != 0 {
+			s.later.start(func(ctx context.Context) { s.resolveBehind(ctx, index, int64(n)) })
+		}
+	}
+	return p.extents, nil
+}
+
+// resolve makes the page of a region. It uses the same cache for the tables of
+// the layers, hence Put; the layers do not change, so two that resolve the same
+// region find the same.
+func (s *spans) resolve(ctx context.Context, index int64, order int32) (*Page, error) {
+	start, n := s.regionOf(index)
+	found, err := s.pile.Resolve(ctx, start, n, nil)
+	if err != nil {
+		return nil, err
+	}
+	for i := range found {
+		found[i].Layer += s.base
+	}
+	p := &span{extents: found}
+	p.order.Store(order)
+	return s.owner.Put(index, p, int64(cap(found))*extentSize), nil
+}
+
+// resolveBehind makes the pages of the n regions behind that with that number.
+func (s *spans) resolveBehind(ctx context.Context, index, n int64) {
+	for i := index + 1; i <= index+n && i*s.region < s.pile.Size() && ctx.Err() == nil; i++ {
+		if s.owner.Get(i) != nil {
+			continue
+		}
+		if _, err := s.resolve(ctx, i, aheadRegions); err != nil {
+			return // told to who reads there
+		}
+	}
 }
 
 // firstEndingBehind is the index of the first extent that ends behind guest.

@@ -36,6 +36,9 @@ type Stack struct {
 	spans  *spans            // all layers, or those under the editor; nil when there are none
 	packed []Owner           // decompressed clusters, per layer
 	parts  touched           // compressed clusters of which a part was read
+	ahead  *ahead            // of the compressed clusters
+	helper helpers           // who reads compressed clusters with us
+	later  *background       // what readers will want soon
 	flat   backend.File      // set when reads need no lookup
 	top    Editor            // nil when read-only
 	below  lower
@@ -53,7 +56,9 @@ func NewStack(pile []Layer, o StackOptions) (*Stack, error) {
 	if cache == nil {
 		cache = NewCache(DefaultCacheSize)
 	}
-	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile)), also: o.Closers}
+	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile)), helper: newHelpers(),
+		later: newBackground(), also: o.Closers}
+	s.ahead = newAhead(s)
 	maps := make([]blockmap.Map, len(pile))
 	for i, l := range pile {
 		maps[i] = l
@@ -68,14 +73,14 @@ func NewStack(pile []Layer, o StackOptions) (*Stack, error) {
 		}
 		s.top = top
 		if len(maps) > 1 {
-			s.spans = newSpans(blockmap.NewOverlay(maps[1:]...), 1, cache)
+			s.spans = newSpans(blockmap.NewOverlay(maps[1:]...), 1, cache, s.later)
 		}
 		s.below = lower{s}
 	} else {
-		s.spans = newSpans(s.pile, 0, cache)
+		s.spans = newSpans(s.pile, 0, cache, s.later)
 		under := &Stack{layers: pile, size: s.size, packed: s.packed, parts: s.parts}
 		if len(maps) > 1 {
-			under.spans = newSpans(blockmap.NewOverlay(maps[1:]...), 1, cache)
+			under.spans = newSpans(blockmap.NewOverlay(maps[1:]...), 1, cache, s.later)
 		}
 		s.below = lower{under}
 	}
@@ -231,8 +236,16 @@ func (s *Stack) readMapped(ctx context.Context, m lookuper, p []byte, off int64,
 		if err != nil {
 			return done, err
 		}
+		if !cached && worthHelp(found) {
+			n, err := s.readTogether(ctx, found, p[done:])
+			done += n
+			if err != nil {
+				return done, err
+			}
+			continue
+		}
 		for _, e := range found {
-			if err := s.readExtent(ctx, e, p[done:done+int(e.Len)], cached); err != nil {
+			if err := s.readExtent(ctx, e, p[done:done+int(e.Len)], len(p), cached); err != nil {
 				return done, err
 			}
 			done += int(e.Len)
@@ -245,8 +258,9 @@ type lookuper interface {
 	Lookup(ctx context.Context, guest, n int64, dst []blockmap.Extent) ([]blockmap.Extent, error)
 }
 
-// readExtent fills p, len(p) == e.Len, with the bytes of e.
-func (s *Stack) readExtent(ctx context.Context, e blockmap.Extent, p []byte, cached bool) error {
+// readExtent fills p, len(p) == e.Len, with the bytes of e, for a read of that
+// many bytes in all.
+func (s *Stack) readExtent(ctx context.Context, e blockmap.Extent, p []byte, request int, cached bool) error {
 	l := s.layers[e.Layer]
 	if cached && e.Kind != blockmap.Zero {
 		// Decompressing takes long.
@@ -266,7 +280,7 @@ func (s *Stack) readExtent(ctx context.Context, e blockmap.Extent, p []byte, cac
 		}
 		return nil
 	case blockmap.Packed:
-		return s.readPacked(ctx, l, e, p)
+		return s.readPacked(ctx, l, e, p, request)
 	}
 	clear(p)
 	return nil
@@ -276,51 +290,6 @@ func (s *Stack) readExtent(ctx context.Context, e blockmap.Extent, p []byte, cac
 func (s *Stack) truncated(layer int, host int64) error {
 	return &ImageError{Path: s.layers[layer].Data().Name(), Layer: layer, Offset: host,
 		Field: "data", Err: fmt.Errorf("mapped bytes behind the end of the file: %w", ErrCorrupt)}
-}
-
-// readPacked fills p with the compressed clusters, or parts of them, that e
-// covers. (Two clusters that name the same compressed bytes can be one
-// extent.)
-func (s *Stack) readPacked(ctx context.Context, l Layer, e blockmap.Extent, p []byte) error {
-	cluster := l.Granule()
-	for len(p) > 0 {
-		within := e.Guest & (cluster - 1)
-		n := int(min(cluster-within, int64(len(p))))
-		if err := s.readPackedPart(ctx, l, e, p[:n], within); err != nil {
-			return err
-		}
-		e.Guest += int64(n)
-		e.Len -= int64(n)
-		p = p[n:]
-	}
-	return nil
-}
-
-// readPackedPart fills p from one cluster. A whole cluster is decompressed in
-// place. Of others the decompressed cluster is kept, since its neighbours are
-// asked for next; but not when a read in its middle is the first.
-func (s *Stack) readPackedPart(ctx context.Context, l Layer, e blockmap.Extent, p []byte, within int64) error {
-	cluster := l.Granule()
-	if int64(len(p)) == cluster {
-		return l.Unpack(ctx, e, 0, p)
-	}
-	owner := s.packed[e.Layer]
-	page := owner.Get(e.Host)
-	if page == nil {
-		if !s.parts.again(e.Layer, e.Host) && within > 0 {
-			return l.Unpack(ctx, e, within, p)
-		}
-		var err error
-		page, err = owner.Load(e.Host, func() (any, int64, error) {
-			b := make([]byte, cluster)
-			return b, cluster, l.Unpack(ctx, e, 0, b)
-		})
-		if err != nil {
-			return err
-		}
-	}
-	copy(p, page.Value.([]byte)[within:])
-	return nil
 }
 
 // WriteAt stores p at off in the top layer: all of it, or an error. A range
@@ -425,6 +394,7 @@ func (s *Stack) Allocated() (int64, error) {
 // Close closes all layers, the top one first, which makes its changes
 // durable. All errors are returned.
 func (s *Stack) Close() error {
+	s.later.stop()
 	var errs []error
 	for _, l := range s.layers {
 		errs = append(errs, l.Close())

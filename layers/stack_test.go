@@ -25,8 +25,12 @@ type fake struct {
 	kind          []blockmap.Kind
 	host          []int64
 	f             *backend.Mem
-	broken        bool // Unpack fails
-	unpacked      atomic.Int64
+	broken        bool         // Unpack fails
+	damaged       int64        // as it does for this cluster of the host, unless 0
+	unpacking     func()       // called by Unpack, unless nil
+	unpacked      atomic.Int64 // bytes
+	reached       atomic.Int64 // end of the furthest Lookup
+	closed        atomic.Bool
 }
 
 func newFake(size, granule int64, r *rand.Rand, weights ...blockmap.Kind) *fake {
@@ -53,14 +57,20 @@ func newFake(size, granule int64, r *rand.Rand, weights ...blockmap.Kind) *fake 
 func (l *fake) Size() int64        { return l.size }
 func (l *fake) Granule() int64     { return l.granule }
 func (l *fake) Data() backend.File { return l.f }
-func (l *fake) Close() error       { return nil }
+func (l *fake) Close() error       { l.closed.Store(true); return nil }
 func (l *fake) Describe(context.Context) (layers.Info, error) {
 	return layers.Info{Path: "fake"}, nil
 }
 func (l *fake) WalkHost(context.Context, func(layers.HostRange) error) error { return nil }
 
 func (l *fake) Unpack(_ context.Context, e blockmap.Extent, within int64, dst []byte) error {
-	if l.broken {
+	if l.closed.Load() {
+		panic("Unpack after Close")
+	}
+	if l.unpacking != nil {
+		l.unpacking()
+	}
+	if l.broken || l.damaged != 0 && l.damaged == e.Host {
 		return layers.ErrCorrupt
 	}
 	var b [1]byte
@@ -77,6 +87,8 @@ func (l *fake) Unpack(_ context.Context, e blockmap.Extent, within int64, dst []
 func (l *fake) Lookup(_ context.Context, guest, n int64, dst []blockmap.Extent) ([]blockmap.Extent, error) {
 	if err := blockmap.CheckRange(guest, n); err != nil {
 		return dst, err
+	}
+	for old := l.reached.Load(); guest+n > old && !l.reached.CompareAndSwap(old, guest+n); old = l.reached.Load() {
 	}
 	t := blockmap.NewTiler(guest, n, dst)
 	for more := true; more; {
