@@ -42,25 +42,25 @@ func dropPages(paths []string) error {
 // take pages away again while it makes room.
 const warmTries = 3
 
-// warmPages reads files into the page cache, unless they are there already.
+// warmPages reads files into the page cache. It reads them also when all pages
+// are there: to the host of a virtual machine memory that was not used for some
+// seconds may have been worth something else, and the first to use it again pays
+// for that, up to three times the processor time of a long write.
 func warmPages(paths []string) error {
-	for try := 0; ; try++ {
-		share, err := cachedShare(paths)
-		if err != nil || share >= warmLimit {
-			return err
-		}
-		if try == warmTries {
-			return fmt.Errorf("only %.0f %% of the image stay in the page cache: the machine has too little memory for -size", share*100)
-		}
+	for range warmTries {
 		for _, p := range paths {
 			if err := withFile(p, func(f *os.File) error {
-				_, err := io.Copy(io.Discard, struct{ io.Reader }{f}) // through memory, not by sendfile
+				_, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{f}, make([]byte, 1<<20)) // through memory, not by sendfile
 				return err
 			}); err != nil {
 				return err
 			}
 		}
+		if share, err := cachedShare(paths); err != nil || share >= warmLimit {
+			return err
+		}
 	}
+	return errors.New("the image does not stay in the page cache: the machine has too little memory for -size")
 }
 
 // cachedShare estimates the share of the data of files that is in the page

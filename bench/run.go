@@ -324,7 +324,7 @@ func (r *runner) onceServed(ctx context.Context, l *line, s *subject, change fun
 		if err := dropPages(s.img.layers); err != nil {
 			return nil, err
 		}
-	case !l.write:
+	case l.on == onImage:
 		if err := warmPages(s.img.layers); err != nil {
 			return nil, err
 		}
