@@ -15,6 +15,7 @@ type place struct {
 	Request
 	iov  []byte // of the header and the payload, for the kernel
 	wake chan struct{}
+	huge bool // its payload has been collapsed
 }
 
 // queue is that of one processor.
@@ -23,6 +24,7 @@ type queue struct {
 	ring   *ring
 	event  int // eventfd: something is on the list
 	memory []byte
+	data   []byte // the payloads, part of memory
 	places []place
 
 	mu   sync.Mutex
@@ -61,15 +63,16 @@ func newQueue(number uint16, depth, payload int) (q *queue, err error) {
 	// Not of the garbage collector: the kernel knows the addresses. What is
 	// never used costs nothing.
 	payload = (payload + page - 1) / page * page
-	q.memory, err = unix.Mmap(-1, 0, depth*(page+payload), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	q.memory, err = unix.Mmap(-1, 0, depth*(page+payload)+hugePage, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
 	if err != nil {
 		return q, err
 	}
+	rest := aligned(q.memory, hugePage)
+	q.data, rest = rest[:depth*payload], rest[depth*payload:]
 	q.places = make([]place, depth)
 	for i := range q.places {
-		m := q.memory[i*(page+payload):][:page+payload]
-		p := &q.places[i]
-		p.header, p.iov, p.payload = m[:headerSize:headerSize], m[page-32:page:page], m[page:]
+		p, m := &q.places[i], rest[i*page:][:page]
+		p.header, p.iov, p.payload = m[:headerSize:headerSize], m[page-32:], q.data[i*payload:][:payload]
 		p.wake = make(chan struct{}, 1)
 		putAddress(p.iov, p.header)
 		putAddress(p.iov[16:], p.payload)
@@ -211,7 +214,12 @@ func (q *queue) work(i int, h Handler) {
 	p := &q.places[i]
 	one := []byte{1, 0, 0, 0, 0, 0, 0, 0}
 	for range p.wake {
+		written := len(p.Arguments())
 		h.Do(&p.Request)
+		if read := len(p.Arguments()); !p.huge && max(written, read) >= longRequest {
+			p.huge = true
+			collapse(q.data, i*len(p.payload), (i+1)*len(p.payload))
+		}
 		q.mu.Lock()
 		first := len(q.list) == 0
 		q.list = append(q.list, i)

@@ -208,3 +208,8 @@ func (s submission) setAddress(b []byte, n uint32) {
 	binary.NativeEndian.PutUint64(s[16:], uint64(uintptr(unsafe.Pointer(&b[0]))))
 	binary.NativeEndian.PutUint32(s[24:], n)
 }
+
+// aligned is the part of b from the first address on that is a multiple of n.
+func aligned(b []byte, n uintptr) []byte {
+	return b[-uintptr(unsafe.Pointer(&b[0]))&(n-1):]
+}
