@@ -94,6 +94,7 @@ func (s *Stack) assemble(ctx context.Context, res *ImageResult, h *holder, o ope
 	if err != nil {
 		return nil, closeAll
 	}
+	close = append([]func() error{st.Close}, close[len(pile):]...) // the layers are its own now
 	return st, closeAll
 }
 

@@ -100,10 +100,10 @@ func TestStackUnpacksTogether(t *testing.T) {
 	s, want := stackOf(t, []*fake{l}), modelOf([]*fake{l})
 	var inside, most atomic.Int64
 	l.unpacking = func() {
-		n := inside.Add(1)
+		inside.Add(1)
 		defer inside.Add(-1)
 		for end := time.Now().Add(time.Second); most.Load() < 2 && time.Now().Before(end); time.Sleep(time.Millisecond) {
-			if n = inside.Load(); n > most.Load() {
+			if n := inside.Load(); n > most.Load() {
 				most.Store(n)
 			}
 		}
