@@ -54,6 +54,7 @@ func (b *background) stop() {
 type ahead struct {
 	stack  *Stack
 	window int64 // clusters that are decompressed beforehand, and at a time
+	bytes  int64 // at most
 
 	last  atomic.Int64 // beginning of the cluster that was read last, in guest bytes
 	inRow atomic.Bool  // it is one of several in a row
@@ -71,13 +72,13 @@ const (
 	// none that are compressed.
 	sequentialStep = 4
 	// aheadClusters bounds the clusters that are decompressed beforehand,
-	// and aheadBytes their bytes, unless one has more.
+	// and aheadBytes, or a quarter of the cache, their bytes.
 	aheadClusters = 8
 	aheadBytes    = 4 << 20
 )
 
-func newAhead(s *Stack) *ahead {
-	return &ahead{stack: s, window: int64(max(2, min(runtime.GOMAXPROCS(0)/2, aheadClusters)))}
+func newAhead(s *Stack, cache *Cache) *ahead {
+	return &ahead{stack: s, window: int64(max(2, min(runtime.GOMAXPROCS(0)/2, aheadClusters))), bytes: min(aheadBytes, cache.Budget()/4)}
 }
 
 // read notes that a part of the cluster at guest, of that size, is being read,
@@ -98,11 +99,12 @@ func (a *ahead) read(guest, cluster int64) bool {
 	} else {
 		a.row++
 	}
-	a.inRow.Store(a.row >= sequentialRow)
-	if a.row < sequentialRow {
+	window := min(a.window, a.bytes/cluster)
+	inRow := a.row >= sequentialRow && window > 0
+	a.inRow.Store(inRow)
+	if !inRow {
 		return false
 	}
-	window := max(1, min(a.window, aheadBytes/cluster))
 	a.next = max(a.next, guest+cluster)
 	a.end = min(guest+(window+1)*cluster, a.stack.size)
 	for at := a.next; at < a.end && a.workers < window; at += cluster {

@@ -44,6 +44,9 @@ const aheadRegions = 4
 const extentSize = 40
 
 func newSpans(pile *blockmap.Overlay, base int, cache *Cache, later *background) *spans {
+	if aheadRegions*spanExtents*extentSize > cache.Budget()/4 {
+		later = nil
+	}
 	region := min(max(pile.Granule()*spanExtents, minSpanRegion), maxSpanRegion)
 	return &spans{pile: pile, base: uint16(base), owner: cache.NewOwner(), region: region, later: later}
 }

@@ -58,7 +58,7 @@ func NewStack(pile []Layer, o StackOptions) (*Stack, error) {
 	}
 	s := &Stack{layers: pile, size: pile[0].Size(), packed: make([]Owner, len(pile)), helper: newHelpers(),
 		later: newBackground(), also: o.Closers}
-	s.ahead = newAhead(s)
+	s.ahead = newAhead(s, cache)
 	maps := make([]blockmap.Map, len(pile))
 	for i, l := range pile {
 		maps[i] = l
