@@ -47,20 +47,23 @@ const warmTries = 3
 // seconds may have been worth something else, and the first to use it again pays
 // for that, up to three times the processor time of a long write.
 func warmPages(paths []string) error {
+	var share float64
 	for range warmTries {
 		for _, p := range paths {
 			if err := withFile(p, func(f *os.File) error {
-				_, err := io.CopyBuffer(io.Discard, struct{ io.Reader }{f}, make([]byte, 1<<20)) // through memory, not by sendfile
+				// Through memory, not by sendfile.
+				_, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, struct{ io.Reader }{f}, make([]byte, 1<<20))
 				return err
 			}); err != nil {
 				return err
 			}
 		}
-		if share, err := cachedShare(paths); err != nil || share >= warmLimit {
+		var err error
+		if share, err = cachedShare(paths); err != nil || share >= warmLimit {
 			return err
 		}
 	}
-	return errors.New("the image does not stay in the page cache: the machine has too little memory for -size")
+	return fmt.Errorf("only %.0f %% of the image stay in the page cache: the machine has too little memory for -size", share*100)
 }
 
 // cachedShare estimates the share of the data of files that is in the page

@@ -78,7 +78,7 @@ const (
 )
 
 func newAhead(s *Stack, cache *Cache) *ahead {
-	return &ahead{stack: s, window: int64(max(2, min(runtime.GOMAXPROCS(0)/2, aheadClusters))), bytes: min(aheadBytes, cache.Budget()/4)}
+	return &ahead{stack: s, window: int64(max(2, min(runtime.GOMAXPROCS(0), aheadClusters))), bytes: min(aheadBytes, cache.Budget()/4)}
 }
 
 // read notes that a part of the cluster at guest, of that size, is being read,
@@ -143,7 +143,7 @@ func (a *ahead) fetch(ctx context.Context, guest, n int64) {
 	}
 	var room [1]blockmap.Extent
 	found, err := s.Lookup(ctx, guest, min(n, s.size-guest), room[:0])
-	if err != nil || len(found) != 1 || found[0].Kind != blockmap.Packed || s.layers[found[0].Layer].Granule() != n {
+	if err != nil || found[0].Kind != blockmap.Packed || s.layers[found[0].Layer].Granule() != n {
 		return
 	}
 	e := found[0]

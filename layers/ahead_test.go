@@ -30,7 +30,7 @@ func eventually(t *testing.T, what string, is func() bool) {
 // cache, and nothing goes on after Close.
 func TestStackReadsAhead(t *testing.T) {
 	const cluster, clusters = 65536, 40
-	window := int64(max(2, min(runtime.GOMAXPROCS(0)/2, 8)))
+	window := int64(max(2, min(runtime.GOMAXPROCS(0), 8)))
 	for _, piece := range []int{4096, 5000, cluster} {
 		t.Run(fmt.Sprint(piece), func(t *testing.T) {
 			l := newFake(clusters*cluster, cluster, rand.New(rand.NewPCG(1, 1)), p)
@@ -144,10 +144,14 @@ func TestStackUnpacksTogether(t *testing.T) {
 // What is in front of the first cluster that cannot be read is there.
 func TestStackUnpacksTogetherUpToDamage(t *testing.T) {
 	const cluster, clusters = 65536, 16
+	l := newFake(clusters*cluster, cluster, rand.New(rand.NewPCG(1, 1)), p)
+	want := modelOf([]*fake{l})
 	for bad := range clusters {
-		l := newFake(clusters*cluster, cluster, rand.New(rand.NewPCG(1, 1)), p)
 		l.damaged = l.host[bad]
-		s, want := stackOf(t, []*fake{l}), modelOf([]*fake{l})
+		s, err := layers.NewStack([]layers.Layer{l}, layers.StackOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
 		got := make([]byte, len(want)-100)
 		n, err := s.ReadAt(context.Background(), got, 100)
 		if end := max(0, bad*cluster-100); n != end || !errors.Is(err, layers.ErrCorrupt) || !bytes.Equal(got[:n], want[100:100+n]) {
@@ -186,5 +190,40 @@ func TestStackResolvesAhead(t *testing.T) {
 	time.Sleep(5 * time.Millisecond)
 	if end := l.reached.Load(); end != 64*region {
 		t.Errorf("looked up %d bytes behind the end of the disk", end-64*region)
+	}
+}
+
+// Who comes by chance to a region behind one that is known is no sequential
+// reader.
+func TestStackResolvesNothingAheadByChance(t *testing.T) {
+	const region = 4 << 20
+	l := newFake(64*region, 65536, rand.New(rand.NewPCG(1, 1)), z)
+	s := stackOf(t, []*fake{l})
+	for _, at := range []int64{20, 10, 21} {
+		if _, err := s.ReadAt(context.Background(), make([]byte, 4096), at*region); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(5 * time.Millisecond)
+	if end := l.reached.Load(); end != 22*region {
+		t.Errorf("the map is known up to region %d", end/region)
+	}
+}
+
+// After Alone only who reads comes to the layers.
+func TestStackAlone(t *testing.T) {
+	const cluster, clusters = 65536, 256
+	l := newFake(clusters*cluster, cluster, rand.New(rand.NewPCG(1, 1)), p)
+	s := stackOf(t, []*fake{l})
+	s.Alone()
+	const n = 140 // some clusters behind the second region
+	for c := range int64(n) {
+		if _, err := s.ReadAt(context.Background(), make([]byte, 4096), c*cluster); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(5 * time.Millisecond)
+	if l.unpacked.Load() != n*cluster || l.reached.Load() != 3*64*cluster {
+		t.Errorf("%d clusters decompressed, the map known up to cluster %d", l.unpacked.Load()/cluster, l.reached.Load()/cluster)
 	}
 }

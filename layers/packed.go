@@ -65,7 +65,7 @@ func (s *Stack) unpack(ctx context.Context, e blockmap.Extent) (any, int64, erro
 // many as there are processors besides.
 type helpers chan struct{}
 
-func newHelpers() helpers { return make(helpers, max(1, runtime.GOMAXPROCS(0)/2)) }
+func newHelpers() helpers { return make(helpers, max(1, runtime.GOMAXPROCS(0)-1)) }
 
 // worthHelpBytes is how much must be decompressed for a helper to be worth
 // its start.
@@ -85,16 +85,17 @@ func worthHelp(found []blockmap.Extent) bool {
 
 // together is one read by several.
 type together struct {
-	s     *Stack
-	ctx   context.Context
-	found []blockmap.Extent
-	p     []byte
-	next  atomic.Int64 // extent to be read next
-	mu    sync.Mutex
-	bad   int64 // the first one that failed
-	err   error
-	work  sync.WaitGroup
-	help  func() // what a helper does
+	s       *Stack
+	ctx     context.Context
+	found   []blockmap.Extent
+	p       []byte
+	request int          // length of the read that this is a part of
+	next    atomic.Int64 // extent to be read next
+	mu      sync.Mutex
+	bad     int64 // the first one that failed
+	err     error
+	work    sync.WaitGroup
+	help    func() // what a helper does
 }
 
 var togethers = sync.Pool{New: func() any {
@@ -108,11 +109,11 @@ var togethers = sync.Pool{New: func() any {
 }}
 
 // readTogether fills the beginning of p with the extents found, which follow
-// each other, with what help there is. It returns the bytes in front of the
-// first extent that failed.
-func (s *Stack) readTogether(ctx context.Context, found []blockmap.Extent, p []byte) (int, error) {
+// each other, with what help there is, for a read of that many bytes in all.
+// It returns the bytes in front of the first extent that failed.
+func (s *Stack) readTogether(ctx context.Context, found []blockmap.Extent, p []byte, request int) (int, error) {
 	t := togethers.Get().(*together)
-	t.s, t.ctx, t.found, t.p, t.bad, t.err = s, ctx, found, p, int64(len(found)), nil
+	t.s, t.ctx, t.found, t.p, t.request, t.bad, t.err = s, ctx, found, p, request, int64(len(found)), nil
 	t.next.Store(0)
 	for range len(found) - 1 {
 		if !s.helper.take() {
@@ -151,7 +152,7 @@ func (t *together) read() {
 		}
 		e := t.found[i]
 		at := e.Guest - t.found[0].Guest
-		if err := t.s.readExtent(t.ctx, e, t.p[at:at+e.Len], len(t.p), false); err != nil {
+		if err := t.s.readExtent(t.ctx, e, t.p[at:at+e.Len], t.request, false); err != nil {
 			t.fail(i, err)
 			return
 		}

@@ -111,6 +111,11 @@ type Relocator interface {
 // itself.
 func (s *Stack) Below() Below { return s.below }
 
+// Alone ends what the stack does by itself, and returns when nothing of that is
+// under way: from now on nothing reads but who is asked. Whoever needs the top
+// layer for himself (Relocator) calls it.
+func (s *Stack) Alone() { s.later.stop() }
+
 // Forget drops what the stack keeps of decompressed clusters by their places in
 // the file. Whoever has moved something in the top layer calls it.
 func (s *Stack) Forget() { s.packed[0].DropAll() }

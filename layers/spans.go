@@ -17,14 +17,14 @@ type spans struct {
 	owner  Owner
 	region int64       // bytes of guest space per cached page, a power of two
 	later  *background // resolves what a sequential reader will come to
+	// last is the region that somebody came to last who was the first there.
+	last atomic.Int64
 }
 
 // span is a resolved region.
 type span struct {
 	extents []blockmap.Extent
-	// order says that whoever comes here first is to have the regions behind
-	// resolved, as many as that.
-	order atomic.Int32
+	ahead   atomic.Bool // nobody has come here yet
 }
 
 // spanRegion bounds of one page: extents are rarely finer than a host block,
@@ -44,10 +44,10 @@ const aheadRegions = 4
 const extentSize = 40
 
 func newSpans(pile *blockmap.Overlay, base int, cache *Cache, later *background) *spans {
-	if aheadRegions*spanExtents*extentSize > cache.Budget()/4 {
+	region := min(max(pile.Granule()*spanExtents, minSpanRegion), maxSpanRegion)
+	if aheadRegions*extentSize*(region/pile.Granule()) > cache.Budget()/4 {
 		later = nil
 	}
-	region := min(max(pile.Granule()*spanExtents, minSpanRegion), maxSpanRegion)
 	return &spans{pile: pile, base: uint16(base), owner: cache.NewOwner(), region: region, later: later}
 }
 
@@ -102,26 +102,22 @@ func (s *spans) regionOf(index int64) (start, n int64) {
 	return start, min(s.region, math.MaxInt64-start)
 }
 
-// page is the resolved region with that number. Who comes to a region just
-// behind one that is known is a sequential reader until he does not come to
-// the next one.
+// page is the resolved region with that number. Who comes to one region after
+// the other is a sequential reader, and finds the next ones resolved.
 func (s *spans) page(ctx context.Context, index int64) ([]blockmap.Extent, error) {
 	page := s.owner.Get(index)
 	if page == nil {
-		var order int32
-		if s.owner.Get(index-1) != nil {
-			order = 1
-		}
 		var err error
-		if page, err = s.resolve(ctx, index, order); err != nil {
+		if page, err = s.resolve(ctx, index, false); err != nil {
 			return nil, err
+		}
+		if s.last.Swap(index) == index-1 {
+			s.order(index, 1)
 		}
 	}
 	p := page.Value.(*span)
-	if p.order.Load() != 0 {
-		if n := p.order.Swap(0); n != 0 {
-			s.later.start(func(ctx context.Context) { s.resolveBehind(ctx, index, int64(n)) })
-		}
+	if p.ahead.Load() && p.ahead.Swap(false) && s.last.Swap(index) == index-1 {
+		s.order(index, aheadRegions)
 	}
 	return p.extents, nil
 }
@@ -129,7 +125,7 @@ func (s *spans) page(ctx context.Context, index int64) ([]blockmap.Extent, error
 // resolve makes the page of a region. It uses the same cache for the tables of
 // the layers, hence Put; the layers do not change, so two that resolve the same
 // region find the same.
-func (s *spans) resolve(ctx context.Context, index int64, order int32) (*Page, error) {
+func (s *spans) resolve(ctx context.Context, index int64, ahead bool) (*Page, error) {
 	start, n := s.regionOf(index)
 	found, err := s.pile.Resolve(ctx, start, n, nil)
 	if err != nil {
@@ -139,20 +135,23 @@ func (s *spans) resolve(ctx context.Context, index int64, order int32) (*Page, e
 		found[i].Layer += s.base
 	}
 	p := &span{extents: found}
-	p.order.Store(order)
+	p.ahead.Store(ahead)
 	return s.owner.Put(index, p, int64(cap(found))*extentSize), nil
 }
 
-// resolveBehind makes the pages of the n regions behind that with that number.
-func (s *spans) resolveBehind(ctx context.Context, index, n int64) {
-	for i := index + 1; i <= index+n && i*s.region < s.pile.Size() && ctx.Err() == nil; i++ {
-		if s.owner.Get(i) != nil {
-			continue
+// order has the n regions behind that with that number resolved. What is wrong
+// with one is told to who reads there.
+func (s *spans) order(index, n int64) {
+	s.later.start(func(ctx context.Context) {
+		for i := index + 1; i <= index+n && i*s.region < s.pile.Size() && ctx.Err() == nil; i++ {
+			if s.owner.Get(i) != nil {
+				continue
+			}
+			if _, err := s.resolve(ctx, i, true); err != nil {
+				return
+			}
 		}
-		if _, err := s.resolve(ctx, i, aheadRegions); err != nil {
-			return // told to who reads there
-		}
-	}
+	})
 }
 
 // firstEndingBehind is the index of the first extent that ends behind guest.

@@ -237,7 +237,7 @@ func (s *Stack) readMapped(ctx context.Context, m lookuper, p []byte, off int64,
 			return done, err
 		}
 		if !cached && worthHelp(found) {
-			n, err := s.readTogether(ctx, found, p[done:])
+			n, err := s.readTogether(ctx, found, p[done:], len(p))
 			done += n
 			if err != nil {
 				return done, err
@@ -394,7 +394,7 @@ func (s *Stack) Allocated() (int64, error) {
 // Close closes all layers, the top one first, which makes its changes
 // durable. All errors are returned.
 func (s *Stack) Close() error {
-	s.later.stop()
+	s.Alone()
 	var errs []error
 	for _, l := range s.layers {
 		errs = append(errs, l.Close())

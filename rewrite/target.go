@@ -218,6 +218,7 @@ func (t *target) attach(writable bool) error {
 	if t.reloc, ok = top.(layers.Relocator); !ok {
 		return fmt.Errorf("%s: %w: the format %s cannot be compacted", t.path, layers.ErrUnsupported, t.format)
 	}
+	t.stack.Alone()
 	return nil
 }
 

@@ -15,7 +15,7 @@ type place struct {
 	Request
 	iov  []byte // of the header and the payload, for the kernel
 	wake chan struct{}
-	huge bool // its payload has been collapsed
+	huge bool // huge pages were asked for
 }
 
 // queue is that of one processor.
@@ -72,7 +72,7 @@ func newQueue(number uint16, depth, payload int) (q *queue, err error) {
 	q.places = make([]place, depth)
 	for i := range q.places {
 		p, m := &q.places[i], rest[i*page:][:page]
-		p.header, p.iov, p.payload = m[:headerSize:headerSize], m[page-32:], q.data[i*payload:][:payload]
+		p.header, p.iov, p.payload = m[:headerSize:headerSize], m[page-32:], q.data[i*payload:(i+1)*payload:(i+1)*payload]
 		p.wake = make(chan struct{}, 1)
 		putAddress(p.iov, p.header)
 		putAddress(p.iov[16:], p.payload)

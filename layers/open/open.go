@@ -109,15 +109,16 @@ func openStack(ctx context.Context, path string, o Options) (_ *layers.Stack, _ 
 		Cache:    op.cache,
 		Closers:  op.closers,
 	})
+	if err != nil || !o.Flat {
+		return s, op, err
+	}
+	flat, err := op.flat(s)
 	if err != nil {
+		_ = s.Close()                  // nothing was changed
+		op.pile, op.closers = nil, nil // which were its own
 		return nil, nil, err
 	}
-	if o.Flat {
-		if s, err = op.flat(s); err != nil {
-			return nil, nil, err
-		}
-	}
-	return s, op, nil
+	return flat, op, nil
 }
 
 // opener collects the layers of one stack.

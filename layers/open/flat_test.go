@@ -1,0 +1,60 @@
+package open_test
+
+import (
+	"context"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/imagestack/imagestack/backend"
+	"github.com/imagestack/imagestack/layers/open"
+	"github.com/imagestack/imagestack/layers/qcow2"
+)
+
+// A flat view on a filesystem that shares no storage is refused, and nothing
+// stays open.
+func TestFlatRefused(t *testing.T) {
+	ctx := context.Background()
+	dir, err := os.MkdirTemp("/dev/shm", "flat")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	path := filepath.Join(dir, "image.qcow2")
+	f, err := backend.Open(path, backend.Options{Writable: true, Create: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(qcow2.Create(ctx, f, qcow2.CreateOptions{Size: 64 * mib}), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	s, err := open.Open(ctx, path, open.Options{Writable: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = s.WriteAt(ctx, make([]byte, 1*mib), 32*mib)
+	if err := errors.Join(err, s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	descriptors := func() int {
+		d, err := os.Open("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Close()
+		names, err := d.Readdirnames(-1)
+		if err != nil && !errors.Is(err, io.EOF) {
+			t.Fatal(err)
+		}
+		return len(names)
+	}
+	before := descriptors()
+	if s, err := open.Open(ctx, path, open.Options{Flat: true}); !errors.Is(err, backend.ErrNotShared) {
+		t.Errorf("%v, %v; want %v", s, err, backend.ErrNotShared)
+	}
+	if after := descriptors(); after != before {
+		t.Errorf("%d files are open, %d were before", after, before)
+	}
+}
