@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,24 +19,29 @@ const (
 	warmLimit = 0.97
 )
 
+// dropTries is how often pages are dropped: those that were read just now may
+// still be on their way into the kernel's lists, and stay.
+const dropTries = 10
+
 // dropPages drops the pages of files from the page cache and makes sure that
 // they are gone. The rest of the machine is left alone.
 func dropPages(paths []string) error {
-	for _, p := range paths {
-		if err := withFile(p, func(f *os.File) error {
-			return unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
-		}); err != nil {
+	var share float64
+	for try := range dropTries {
+		time.Sleep(time.Duration(try) * 20 * time.Millisecond)
+		for _, p := range paths {
+			if err := withFile(p, func(f *os.File) error {
+				return unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+			}); err != nil {
+				return err
+			}
+		}
+		var err error
+		if share, err = cachedShare(paths); err != nil || share <= coldLimit {
 			return err
 		}
 	}
-	share, err := cachedShare(paths)
-	if err != nil {
-		return err
-	}
-	if share > coldLimit {
-		return fmt.Errorf("the pages cannot be dropped: %.0f %% are still in the page cache (tmpfs, or in use)", share*100)
-	}
-	return nil
+	return fmt.Errorf("the pages cannot be dropped: %.0f %% are still in the page cache (tmpfs, or in use)", share*100)
 }
 
 // warmTries is how often files are read into the page cache: the kernel may
