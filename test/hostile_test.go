@@ -336,9 +336,7 @@ func (l *limited) Write(p []byte) (int, error) {
 // read looks at the disk of a mount: errors are fine, hanging and secrets are
 // not. It also asks what the server has cost.
 func (r *hostileRun) read(dir string) {
-	buf := make([]byte, 8)
-	n, err := syscall.Getxattr(dir, "user.imagestack.pid", buf)
-	if err != nil {
+	if _, err := serverPeak(dir); err != nil {
 		r.errorf("no server: %v", err)
 		return
 	}
@@ -363,14 +361,12 @@ func (r *hostileRun) read(dir string) {
 		}
 		_ = f.Close()
 	}
-	status, err := os.ReadFile(filepath.Join("/proc", string(buf[:n]), "status"))
+	kib, err := serverPeak(dir)
 	if err != nil {
 		r.errorf("the server has gone: %v", err)
 		return
 	}
-	if m := regexp.MustCompile(`VmHWM:\s+(\d+) kB`).FindSubmatch(status); m != nil {
-		r.memory(string(m[1]))
-	}
+	r.memory(kib)
 }
 
 // state describes everything under dir, contents by their first MiB (the time
