@@ -34,17 +34,6 @@ func wantErrno(t *testing.T, what string, err error, want unix.Errno) {
 	}
 }
 
-// aligned returns n bytes that O_DIRECT accepts everywhere.
-func aligned(t *testing.T, n int) []byte {
-	t.Helper()
-	b, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = unix.Munmap(b) })
-	return b
-}
-
 func pattern(seed uint64, n int) []byte {
 	b := make([]byte, n)
 	r := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), 1})
@@ -84,7 +73,7 @@ func TestOperations(t *testing.T) {
 			}
 		})
 		d := open(t, path, os.O_RDONLY|unix.O_DIRECT)
-		buf := aligned(t, 2<<20)
+		buf := imgtest.Aligned(t, 2<<20)
 		for off := 0; off < size; {
 			n, err := unix.Pread(int(d.Fd()), buf, int64(off))
 			if err != nil || n == 0 || !bytes.Equal(buf[:n], want[off:off+n]) {
@@ -97,7 +86,7 @@ func TestOperations(t *testing.T) {
 
 	// Direct writes are seen by those who hold the file open for cached I/O.
 	d := open(t, path, os.O_RDWR|unix.O_DIRECT)
-	buf := aligned(t, 1<<20)
+	buf := imgtest.Aligned(t, 1<<20)
 	copy(buf, pattern(77, len(buf)))
 	if n, err := d.WriteAt(buf, 4096); n != len(buf) || err != nil {
 		t.Fatalf("direct write: %d %v", n, err)
@@ -259,7 +248,7 @@ func TestErrnos(t *testing.T) {
 	srv, path := mounted(t, dev, Options{Report: func(err error) { reports = append(reports, err.Error()) }, FlushAfter: -1})
 	_ = srv
 	f := open(t, path, os.O_RDWR|unix.O_DIRECT)
-	buf := aligned(t, 4096)
+	buf := imgtest.Aligned(t, 4096)
 	for _, c := range []struct {
 		err  error
 		want unix.Errno
@@ -417,7 +406,7 @@ func TestShutdown(t *testing.T) {
 	dev := newMemDevice(1 << 20)
 	srv, path := mounted(t, dev, Options{FlushAfter: -1})
 	f := open(t, path, os.O_RDWR|unix.O_DIRECT)
-	buf := aligned(t, 4096)
+	buf := imgtest.Aligned(t, 4096)
 	if _, err := f.WriteAt(buf, 0); err != nil {
 		t.Fatal(err)
 	}

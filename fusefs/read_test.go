@@ -58,7 +58,7 @@ func TestParallelModel(t *testing.T) {
 			flags |= unix.O_DIRECT
 		}
 		f := open(t, path, flags)
-		buf := aligned(t, 256<<10)
+		buf := imgtest.Aligned(t, 256<<10)
 		mine := model[w*stripe : (w+1)*stripe]
 		wg.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(w), 7))

@@ -12,18 +12,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/imagestack/imagestack/internal/imgtest"
 	"github.com/imagestack/imagestack/layers"
 )
-
-// eventually waits until something becomes true.
-func eventually(t *testing.T, what string, is func() bool) {
-	t.Helper()
-	for end := time.Now().Add(10 * time.Second); !is(); time.Sleep(time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("not within ten seconds: " + what)
-		}
-	}
-}
 
 // A sequential reader of pieces of a cluster or less finds the next clusters
 // decompressed; each is decompressed once, whole reads leave nothing in the
@@ -52,7 +43,7 @@ func TestStackReadsAhead(t *testing.T) {
 			}
 			read(len(want) / 2)
 			begun := int64(off+cluster-1) / cluster
-			eventually(t, "some clusters more than were asked for", func() bool { return l.unpacked.Load() == (begun+window)*cluster })
+			imgtest.Eventually(t, "some clusters more than were asked for", func() bool { return l.unpacked.Load() == (begun+window)*cluster })
 			read(len(want))
 			if n := l.unpacked.Load(); n != clusters*cluster {
 				t.Errorf("%d bytes decompressed for %d clusters", n, clusters)
@@ -181,11 +172,11 @@ func TestStackResolvesAhead(t *testing.T) {
 		}
 	}
 	read(7)
-	eventually(t, "one region ahead", func() bool { return l.reached.Load() == 9*region })
+	imgtest.Eventually(t, "one region ahead", func() bool { return l.reached.Load() == 9*region })
 	for at := int64(8); at < 64; at++ {
 		read(at)
 		want := min(at+5, 64) * region
-		eventually(t, fmt.Sprintf("four regions ahead of region %d", at), func() bool { return l.reached.Load() == want })
+		imgtest.Eventually(t, fmt.Sprintf("four regions ahead of region %d", at), func() bool { return l.reached.Load() == want })
 	}
 	time.Sleep(5 * time.Millisecond)
 	if end := l.reached.Load(); end != 64*region {

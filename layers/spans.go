@@ -24,7 +24,7 @@ type spans struct {
 // span is a resolved region.
 type span struct {
 	extents []blockmap.Extent
-	ahead   atomic.Bool // nobody has come here yet
+	ahead   atomic.Bool // resolved beforehand, and nobody has come here yet
 }
 
 // spanRegion bounds of one page: extents are rarely finer than a host block,

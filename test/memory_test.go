@@ -32,14 +32,9 @@ func TestMemoryBudget(t *testing.T) {
 	}
 	var all sync.WaitGroup
 	for i := range uint64(readers) {
+		p := imgtest.Aligned(t, 4096)
 		all.Go(func() {
 			r := rand.New(rand.NewPCG(1, i))
-			p, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS) // aligned
-			if err != nil {
-				t.Error(err)
-				return
-			}
-			defer func() { _ = unix.Munmap(p) }()
 			for range reads {
 				if _, err := f.ReadAt(p, r.Int64N(size/4096)*4096); err != nil {
 					t.Error(err)

@@ -59,7 +59,7 @@ func interruptHangingUnmount(t *testing.T, transport string) {
 	if err := unix.Kill(server.pid, unix.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the unmount", func() bool {
+	imgtest.Eventually(t, "the unmount", func() bool {
 		return !isMounted(t, dir) || runCmd(t, command("-u", dir)).exit == 0
 	})
 	unmounted(t, dir)

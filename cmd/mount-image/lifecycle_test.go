@@ -36,7 +36,7 @@ func foreground(t *testing.T, args ...string) (cmd *exec.Cmd, stderr *bytes.Buff
 			_ = cmd.Wait()
 		}
 	})
-	eventually(t, "the mount", func() bool { _, err := os.Stat(disk(dir)); return err == nil })
+	imgtest.Eventually(t, "the mount", func() bool { _, err := os.Stat(disk(dir)); return err == nil })
 	return cmd, stderr
 }
 
@@ -215,7 +215,7 @@ func TestKilled(t *testing.T) {
 		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(server.pidfd), Events: unix.POLLIN}}, 10000); err != nil {
 			t.Fatal(err)
 		}
-		eventually(t, "the end of the connection", func() bool {
+		imgtest.Eventually(t, "the end of the connection", func() bool {
 			_, err := f.Stat()
 			_, err2 := f.ReadAt(make([]byte, 4096), 0)
 			return err != nil || err2 != nil

@@ -150,16 +150,6 @@ func qcow2Image(t *testing.T) (raw, qcow2 string) {
 	return raw, qcow2
 }
 
-// eventually waits for a condition.
-func eventually(t *testing.T, what string, done func() bool) {
-	t.Helper()
-	for end := time.Now().Add(15 * time.Second); !done(); time.Sleep(10 * time.Millisecond) {
-		if time.Now().After(end) {
-			t.Fatal("it never came: ", what)
-		}
-	}
-}
-
 // serverOf is the process id of the server of a mount.
 func serverOf(t *testing.T, dir string) *process {
 	t.Helper()

@@ -1,15 +1,13 @@
-package open_test
+package open
 
 import (
 	"context"
 	"errors"
-	"io"
 	"os"
 	"path/filepath"
 	"testing"
 
 	"github.com/imagestack/imagestack/backend"
-	"github.com/imagestack/imagestack/layers/open"
 	"github.com/imagestack/imagestack/layers/qcow2"
 )
 
@@ -27,34 +25,22 @@ func TestFlatRefused(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := errors.Join(qcow2.Create(ctx, f, qcow2.CreateOptions{Size: 64 * mib}), f.Close()); err != nil {
+	if err := errors.Join(qcow2.Create(ctx, f, qcow2.CreateOptions{Size: 64 << 20}), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	s, err := open.Open(ctx, path, open.Options{Writable: true})
+	s, err := Open(ctx, path, Options{Writable: true})
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, err = s.WriteAt(ctx, make([]byte, 1*mib), 32*mib)
+	_, err = s.WriteAt(ctx, make([]byte, 1<<20), 32<<20)
 	if err := errors.Join(err, s.Close()); err != nil {
 		t.Fatal(err)
 	}
-	descriptors := func() int {
-		d, err := os.Open("/proc/self/fd")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer d.Close()
-		names, err := d.Readdirnames(-1)
-		if err != nil && !errors.Is(err, io.EOF) {
-			t.Fatal(err)
-		}
-		return len(names)
-	}
-	before := descriptors()
-	if s, err := open.Open(ctx, path, open.Options{Flat: true}); !errors.Is(err, backend.ErrNotShared) {
+	before := openFiles(t)
+	if s, err := Open(ctx, path, Options{Flat: true}); !errors.Is(err, backend.ErrNotShared) {
 		t.Errorf("%v, %v; want %v", s, err, backend.ErrNotShared)
 	}
-	if after := descriptors(); after != before {
+	if after := openFiles(t); after != before {
 		t.Errorf("%d files are open, %d were before", after, before)
 	}
 }
